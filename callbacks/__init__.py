@@ -1,0 +1,1 @@
+"""Lightning callbacks: they observe and write, and do no arithmetic."""

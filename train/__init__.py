@@ -1,0 +1,1 @@
+"""Build and fit: data module, Lightning module, command line."""
