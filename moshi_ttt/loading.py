@@ -13,7 +13,7 @@ from typing import Any
 
 import sentencepiece
 import torch
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
@@ -75,7 +75,7 @@ class ModelSource:
     @property
     def clock(self) -> Clock:
         """Time units of the codec."""
-        config = self._info.mimi_config or loaders._mimi_config
+        config: dict[str, Any] = self._info.mimi_config or loaders._mimi_config
         return Clock(config["sample_rate"], round(config["sample_rate"] / config["frame_rate"]))
 
     def lm(
@@ -98,19 +98,20 @@ class ModelSource:
         overrides: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing}
         if context_steps is not None:
             overrides["context"] = context_steps
-        if self.random_lm:
-            with torch.random.fork_rng():
+        with torch.random.fork_rng():
+            if self.random_lm:
                 torch.manual_seed(0)
-                lm = loaders.get_moshi_lm(
+                return loaders.get_moshi_lm(
                     None, self._lm_config, device, dtype, lm_kwargs_overrides=overrides
                 )
-        else:
-            lm = self._info.get_moshi(device=device, dtype=dtype, lm_kwargs_overrides=overrides)
-        return lm
+            return self._info.get_moshi(device=device, dtype=dtype, lm_kwargs_overrides=overrides)
 
     def codec(self, device: torch.device | str = "cpu") -> MimiModel:
         """The codec, in eval mode, without gradients."""
-        return self._info.get_mimi(device=device).requires_grad_(False)
+        # moshi draws random weights before it loads the real ones: nobody's random numbers may
+        # depend on whether something was loaded
+        with torch.random.fork_rng():
+            return self._info.get_mimi(device=device).requires_grad_(False)
 
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
         """The text tokenizer."""
@@ -174,10 +175,8 @@ def _folder_info(folder: Path) -> loaders.CheckpointInfo:
         except json.JSONDecodeError as error:
             raise UserError(f"{config_path} is not JSON ({error}); restore it") from error
 
-    def local(key: str, default: str | None) -> Path | None:
+    def local(key: str, default: str | None = None) -> Path:
         value = names.get(key, default)
-        if value is None:
-            return None
         path = folder / str(value).removeprefix("file://")
         if not path.is_file():
             raise UserError(
@@ -190,7 +189,7 @@ def _folder_info(folder: Path) -> loaders.CheckpointInfo:
     moshi_weights = local("moshi_name", loaders.MOSHI_NAME)
     mimi_weights = local("mimi_name", loaders.MIMI_NAME)
     for path in (moshi_weights, mimi_weights):
-        if path is not None and path.suffix != ".safetensors":
+        if path.suffix != ".safetensors":
             raise UserError(f"{path}: weights must be .safetensors; pickles are not read")
     tokenizer = local("tokenizer_name", loaders.TEXT_TOKENIZER_NAME)
     if not names:
@@ -201,6 +200,6 @@ def _folder_info(folder: Path) -> loaders.CheckpointInfo:
         moshi_weights=moshi_weights,
         mimi_weights=mimi_weights,
         tokenizer=tokenizer,
-        mimi_config_path=local("mimi_config_name", None),
-        lora_weights=local("lora_name", None),
+        mimi_config_path=local("mimi_config_name") if "mimi_config_name" in names else None,
+        lora_weights=local("lora_name") if "lora_name" in names else None,
     )

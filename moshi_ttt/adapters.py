@@ -1,0 +1,148 @@
+"""LoRA through PEFT, alive in every module it is put on, in training and in streaming.
+
+Two places in moshi look at the type of a Linear, and a PEFT layer is not an `nn.Linear`:
+- `StreamingMultiheadAttention._init_streaming_state` raises for it; `AdapterAttention` shows it
+  the base layer while the state is made.
+- `ActivationGating.forward` reads `.weight` directly if `linear_in` is an `nn.Linear`, and then
+  asserts that `linear_out` is one too; so the feed-forward adapters always come as a pair.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from moshi.models.lm import LMModel
+from moshi.modules.transformer import StreamingMultiheadAttention
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from moshi_ttt.errors import UserError
+
+Target = Literal["qkv", "attention_out", "ffn", "depformer"]
+
+# relative to the LM; `base.` where a memory wraps the layer
+_LAYER = r"transformer\.layers\.\d+\.(base\.)?"
+_PATTERNS: dict[str, str] = {
+    "qkv": _LAYER + r"self_attn\.in_projs\.\d+",
+    "attention_out": _LAYER + r"self_attn\.out_projs\.\d+",
+    "ffn": _LAYER + r"gating\.linear_(in|out)",
+    "depformer": r"depformer\..*(in_projs\.\d+|out_projs\.\d+|linear_in|linear_out)"
+    r"|depformer_in\.\d+|linears\.\d+",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the base model."""
+
+    rank: int = 16
+    """Rank r of the update B A."""
+    alpha: int = 32
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, 0..1."""
+    targets: tuple[Target, ...] = ("qkv", "attention_out", "ffn")
+    """Modules that get an adapter: `qkv` and `attention_out` (temporal attention), `ffn` (both
+    matrices of the temporal feed-forward), `depformer` (all its matrices and output heads)."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"model.lora.rank={self.rank} must be at least 1")
+        if not self.alpha > 0:
+            raise UserError(f"model.lora.alpha={self.alpha} must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.lora.dropout={self.dropout} is outside 0..1")
+        unknown = set(self.targets) - set(get_args(Target))
+        if unknown or not self.targets:
+            raise UserError(
+                f"model.lora.targets={list(self.targets)} must name one or more of "
+                f"{', '.join(get_args(Target))}"
+            )
+
+
+class AdapterAttention(StreamingMultiheadAttention):
+    """moshi's attention with projections that may be PEFT layers.
+
+    Its streaming state takes device and dtype from `in_projs[0]` and knows three types of
+    Linear; it is shown the base layers.
+    """
+
+    @classmethod
+    def adopt(cls, attention: StreamingMultiheadAttention) -> AdapterAttention:
+        """The same attention, sharing all modules of `attention`."""
+        adopted = cls(
+            embed_dim=attention.embed_dim,
+            num_heads=attention.num_heads,
+            causal=attention.causal,
+            context=attention.context,
+            rope=attention.rope,
+            kv_repeat=attention.kv_repeat,
+            weights_per_step=attention.weights_per_step,
+            weights_per_step_schedule=attention.weights_per_step_schedule,
+            device="meta",
+        )
+        adopted.in_projs = attention.in_projs
+        adopted.out_projs = attention.out_projs
+        return adopted.train(attention.training)
+
+    def _init_streaming_state(self, batch_size: int):  # type: ignore[no-untyped-def]
+        adapted = self.in_projs
+        self.in_projs = nn.ModuleList(
+            [one.get_base_layer() if isinstance(one, LoraLayer) else one for one in adapted]
+        )
+        try:
+            return super()._init_streaming_state(batch_size)
+        finally:
+            self.in_projs = adapted
+
+
+def add_lora(lm: LMModel, config: LoraConfig) -> list[str]:
+    """Put adapters on the chosen modules, in place; base weights must be loaded before.
+
+    Args:
+        lm: model that has not streamed yet.
+        config: what to adapt.
+
+    Returns:
+        Names of the adapted modules.
+
+    Raises:
+        UserError: a target matches no module of this model.
+    """
+    if lm._cached_children is not None:
+        raise UserError("the model has streamed already; add LoRA before the first generation")
+    for target in config.targets:
+        pattern = _PATTERNS[target]
+        if not any(_matches(pattern, name, module) for name, module in lm.named_modules()):
+            raise UserError(
+                f"model.lora.targets: {target!r} matches no Linear of this model; remove it"
+            )
+    inject_adapter_in_model(
+        PeftLoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules="|".join(_PATTERNS[target] for target in config.targets),
+        ),
+        lm,
+    )
+    for module in list(lm.modules()):
+        for name, child in module.named_children():
+            if type(child) is StreamingMultiheadAttention and any(
+                isinstance(part, LoraLayer) for part in child.modules()
+            ):
+                setattr(module, name, AdapterAttention.adopt(child))
+    adapted = {name: one for name, one in lm.named_modules() if isinstance(one, LoraLayer)}
+    for layer in adapted.values():
+        # the small matrices learn in fp32 whatever the base is stored in
+        layer.lora_A.float()
+        layer.lora_B.float()
+    return list(adapted)
+
+
+def _matches(pattern: str, name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and re.fullmatch(pattern, name) is not None

@@ -1,0 +1,65 @@
+"""Encoding whole recordings, however long, to exactly what one pass over them would give."""
+
+from __future__ import annotations
+
+import torch
+from moshi.models.compression import MimiModel
+from moshi.modules.transformer import StreamingMultiheadAttention
+from torch import Tensor
+
+MAX_PIECE_STEPS = 3000  # 240 s; Mimi's attention needs memory in the square of it
+CONVOLUTION_STEPS = 13  # 1.04 s; Mimi's convolutions look back 0.3 s
+
+
+@torch.no_grad()
+def encode_recording(
+    codec: MimiModel, audio: Tensor, max_piece_steps: int = MAX_PIECE_STEPS
+) -> Tensor:
+    """Codes of every channel, one below the other.
+
+    A long recording is cut into pieces, and each piece is encoded behind as much of the past as
+    the codec can see, so that cutting changes nothing but rounding. Streaming would not do: with
+    two positions a step, Mimi's ring (250) overwrites a key that is still to be read, and its
+    codes drift from those of one pass after the first 10 s.
+
+    Args:
+        codec: Mimi, not streaming; K codebooks set.
+        audio: [channels, samples] at the codec's rate; the last step is padded with silence.
+        max_piece_steps: longest stretch encoded at once, the past included.
+
+    Returns:
+        [channels * K, T] int64 on the CPU.
+    """
+    device = next(codec.parameters()).device
+    # one channel at a time: half the memory, and no batch effects
+    return torch.cat([_encode_channel(codec, row.to(device), max_piece_steps) for row in audio])
+
+
+def _encode_channel(codec: MimiModel, samples: Tensor, max_piece_steps: int) -> Tensor:
+    """[samples] -> [K, T] int64 on the CPU."""
+    step_samples = codec.frame_size
+    steps = -(-len(samples) // step_samples)
+    past_steps = _visible_past_steps(codec) if steps > max_piece_steps else 0
+    piece_steps = max(max_piece_steps, 2 * past_steps)
+    pieces = []
+    done = 0
+    while done < steps:
+        begin = max(0, done - past_steps)
+        end = min(steps, begin + piece_steps)
+        stretch = samples[begin * step_samples : end * step_samples]
+        codes = codec.encode(stretch[None, None])[0]  # [K, end - begin]
+        pieces.append(codes[:, done - begin :].cpu())
+        done = end
+    return torch.cat(pieces, dim=1)
+
+
+def _visible_past_steps(codec: MimiModel) -> int:
+    """Steps before a step that its code can depend on: 80.7 s for Mimi's eight layers."""
+    assert codec.encoder_transformer is not None
+    positions = 0
+    for module in codec.encoder_transformer.modules():
+        if isinstance(module, StreamingMultiheadAttention):
+            assert module.context is not None, "a codec without a window sees all of its past"
+            positions += module.context - 1
+    positions_per_step = round(codec.encoder_frame_rate / codec.frame_rate)
+    return -(-positions // positions_per_step) + CONVOLUTION_STEPS

@@ -1,0 +1,168 @@
+"""Reading and checking manifests: `{"path": "a.wav", "duration": 24.5}`, one recording a line."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moshi_ttt.clock import Clock
+from moshi_ttt.data.alignments import read_alignments
+from moshi_ttt.data.audio import inspect_audio, read_audio
+from moshi_ttt.data.text import Tokenizer, text_stream
+from moshi_ttt.errors import UserError
+
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestEntry:
+    """One line of a manifest."""
+
+    line: int
+    name: str
+    """Path as the manifest spells it."""
+    audio_path: Path
+    duration_sec: float
+
+    @property
+    def alignments_path(self) -> Path:
+        """The word alignments beside the audio."""
+        return self.audio_path.with_suffix(".json")
+
+
+@dataclass(slots=True)
+class ManifestCheck:
+    """What a manifest holds and what is wrong with it."""
+
+    manifest: Path
+    recordings: int = 0
+    duration_sec: float = 0.0
+    words: int = 0
+    """The main speaker's usable words."""
+    text_tokens: int = 0
+    dropped_text_tokens: int = 0
+    """Tokens that found no step because the next word came first."""
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def raise_problems(self) -> None:
+        """Refuse a manifest with problems.
+
+        Raises:
+            UserError: listing them (the first 20 if there are more).
+        """
+        raise_together(str(self.manifest), self.problems)
+
+
+def raise_together(where: str, problems: list[str]) -> None:
+    """Raise one `UserError` for a list of problems; none if the list is empty."""
+    if problems:
+        shown = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+        if len(problems) > SHOWN_PROBLEMS:
+            shown.append(f"  and {len(problems) - SHOWN_PROBLEMS} more")
+        raise UserError("\n".join([f"{where}: {len(problems)} problem(s)", *shown]))
+
+
+def read_manifest(path: Path) -> tuple[list[ManifestEntry], list[str]]:
+    """Parse a manifest without opening what it names.
+
+    Returns:
+        Entries of the good lines, and problems of the others.
+
+    Raises:
+        UserError: the manifest cannot be read, or has no lines.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"manifest {path} cannot be read ({error}); give a JSON-lines file of "
+            '{"path": "a.wav", "duration": 24.5}'
+        ) from error
+    entries, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            name, duration = content["path"], content["duration"]
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"path={name!r} is not a file name")
+            if not isinstance(duration, int | float) or not 0 < duration < math.inf:
+                raise ValueError(f"duration={duration!r} is not a positive number of seconds")
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(
+                f"line {number}: {line[:80]!r} is malformed ({type(error).__name__}: {error}); the "
+                'rule is {"path": "a.wav", "duration": SECONDS}'
+            )
+        else:
+            entries.append(ManifestEntry(number, name, path.parent / name, float(duration)))
+    if not entries and not problems:
+        raise UserError(f"manifest {path} is empty; it needs at least one recording")
+    return entries, problems
+
+
+def check_manifest(
+    path: Path,
+    clock: Clock,
+    tokenizer: Tokenizer,
+    *,
+    decode: bool,
+) -> ManifestCheck:
+    """Open everything a manifest names and collect all that is wrong.
+
+    Args:
+        path: the manifest.
+        clock: of the codec.
+        tokenizer: counts text tokens.
+        decode: also decode every sample, which finds damage behind an intact header; slow, and
+            done anyway when a recording is first encoded.
+
+    Raises:
+        UserError: the manifest itself cannot be read, or has no lines.
+    """
+    entries, problems = read_manifest(path)
+    check = ManifestCheck(path, recordings=len(entries), problems=problems)
+    for entry in entries:
+        try:
+            _check_entry(entry, clock, tokenizer, decode, check)
+        except UserError as error:
+            check.problems.append(f"line {entry.line}: {error}")
+    return check
+
+
+def _check_entry(
+    entry: ManifestEntry, clock: Clock, tokenizer: Tokenizer, decode: bool, check: ManifestCheck
+) -> None:
+    duration_sec, sample_rate = inspect_audio(entry.audio_path)
+    if decode:
+        read_audio(entry.audio_path, sample_rate)
+    if abs(duration_sec - entry.duration_sec) > clock.step_sec:
+        check.problems.append(
+            f"line {entry.line}: duration={entry.duration_sec:g} but {entry.audio_path} lasts "
+            f"{duration_sec:.3f} s; they may differ by {clock.step_sec:g} s: correct the line"
+        )
+    if sample_rate != clock.sample_rate:
+        check.warnings.append(
+            f"line {entry.line}: {entry.audio_path} is resampled from {sample_rate} to "
+            f"{clock.sample_rate} Hz"
+        )
+    found = read_alignments(entry.alignments_path, duration_sec, clock.step_sec)
+    check.problems += [f"line {entry.line}: {problem}" for problem in found.problems]
+    check.warnings += [f"line {entry.line}: {warning}" for warning in found.warnings]
+    check.duration_sec += duration_sec
+    if found.words and not found.problems:
+        # only the counts are used, so the ids of padding do not matter
+        stream = text_stream(
+            found.words,
+            tokenizer,
+            clock.steps(duration_sec),
+            clock,
+            padding_id=0,
+            end_of_padding_id=0,
+        )
+        check.words += len(found.words)
+        check.text_tokens += stream.written_tokens
+        check.dropped_text_tokens += stream.dropped_tokens

@@ -1,0 +1,127 @@
+"""Whole recordings as codes: text row, Moshi's codebooks, the user's codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moshi_ttt.data.alignments import read_alignments
+from moshi_ttt.data.audio import read_audio
+from moshi_ttt.data.cache import CodeCache
+from moshi_ttt.data.codes import encode_recording
+from moshi_ttt.data.manifest import ManifestEntry, raise_together
+from moshi_ttt.data.text import text_stream
+from moshi_ttt.errors import UserError
+from moshi_ttt.loading import ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecording:
+    """A whole conversation, ready for the language model."""
+
+    name: str
+    """Path as the manifest spells it."""
+    codes: Tensor
+    """[17, T] int64: text, Moshi's 8 codebooks, the user's 8; -1 where nothing is known."""
+
+    @property
+    def steps(self) -> int:
+        """Length T."""
+        return self.codes.shape[-1]
+
+
+class RecordingReader:
+    """Turns manifest entries into codes, encoding only what the cache does not hold.
+
+    Args:
+        source: whose codec and tokenizer are used.
+        cache_dir: folder of encoded audio, shared between runs and processes.
+    """
+
+    def __init__(self, source: ModelSource, cache_dir: Path) -> None:
+        self._source = source
+        clock = source.clock
+        self._cache = CodeCache(
+            cache_dir,
+            {
+                "codec": source.codec_fingerprint(),
+                "sample_rate": clock.sample_rate,
+                "samples_per_step": clock.samples_per_step,
+                "codebooks": source.n_q,
+            },
+        )
+
+    def audio_codes(self, entries: Sequence[ManifestEntry]) -> list[Tensor]:
+        """Codes of both channels of every entry, [16, T] int64 each.
+
+        The codec exists only while something has to be encoded, on the GPU if there is one.
+
+        Raises:
+            UserError: naming every recording that could not be read; the others are cached.
+        """
+        codes = [self._cache.load(entry.audio_path) for entry in entries]
+        # by content: a recording that is listed twice is encoded once
+        keys = [self._cache.path(entry.audio_path) for entry in entries]
+        missing = {
+            key: entry
+            for key, entry, found in zip(keys, entries, codes, strict=True)
+            if found is None
+        }
+        encoded = self._encode(missing) if missing else {}
+        if missing and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [
+            encoded[key] if found is None else found for key, found in zip(keys, codes, strict=True)
+        ]
+
+    def _encode(self, missing: Mapping[Path, ManifestEntry]) -> dict[Path, Tensor]:
+        """Encode and cache; the codec is freed on return."""
+        # building a codec draws random weights before it loads the real ones: training must not
+        # depend on whether the cache was warm
+        with torch.random.fork_rng():
+            codec = self._source.codec("cuda" if torch.cuda.is_available() else "cpu")
+        encoded: dict[Path, Tensor] = {}
+        problems = []
+        seconds = round(sum(entry.duration_sec for entry in missing.values()))
+        with tqdm(total=seconds, desc="encoding audio", unit="s", unit_scale=True) as bar:
+            for key, entry in missing.items():
+                try:
+                    audio = read_audio(entry.audio_path, self._source.clock.sample_rate)
+                except UserError as error:
+                    problems.append(f"line {entry.line}: {error}")
+                    continue
+                encoded[key] = encode_recording(codec, audio)
+                self._cache.store(entry.audio_path, encoded[key])
+                bar.update(round(entry.duration_sec))
+        raise_together("encoding audio", problems)
+        return encoded
+
+    def read(self, entries: Sequence[ManifestEntry]) -> list[EncodedRecording]:
+        """Audio codes of every entry under the text row of its alignments.
+
+        Raises:
+            UserError: a recording or its alignments could not be read.
+        """
+        tokenizer = self._source.tokenizer()
+        clock = self._source.clock
+        recordings = []
+        for entry, audio in zip(entries, self.audio_codes(entries), strict=True):
+            steps = audio.shape[-1]
+            found = read_alignments(entry.alignments_path, clock.seconds(steps), clock.step_sec)
+            raise_together(entry.name, found.problems)
+            stream = text_stream(
+                found.words,
+                tokenizer,
+                steps,
+                clock,
+                padding_id=self._source.text_padding_id,
+                end_of_padding_id=self._source.end_of_text_padding_id,
+            )
+            codes = torch.cat([stream.tokens[None], audio])
+            recordings.append(EncodedRecording(entry.name, codes))
+        return recordings

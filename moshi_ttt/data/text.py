@@ -1,0 +1,84 @@
+"""The text row: words laid over steps the way Moshi was trained.
+
+The algorithm is moshi-finetune's (`finetune/data/interleaver.py`), applied to the whole recording:
+cut afterwards, a word that crosses the start of a window keeps its tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.clock import Clock
+from moshi_ttt.data.alignments import Word
+
+ZERO_TOKEN = -1  # moshi's "no input, no target"
+
+
+class Tokenizer(Protocol):
+    """What is used of a sentencepiece processor."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextStream:
+    """Text row of one recording."""
+
+    tokens: Tensor  # [T] int64
+    written_tokens: int
+    dropped_tokens: int
+    """Tokens of words that the next word cut short: speech faster than a token a step."""
+
+
+def text_stream(
+    words: Sequence[Word] | None,
+    tokenizer: Tokenizer,
+    steps: int,
+    clock: Clock,
+    *,
+    padding_id: int,
+    end_of_padding_id: int,
+) -> TextStream:
+    """Lay words over steps, one token a step from the step in which a word starts.
+
+    A later word cuts an earlier one short. The padding step before a token becomes
+    end-of-padding, which tells the model that a word comes next.
+
+    Args:
+        words: by start; None for unknown text, which gives `ZERO_TOKEN` throughout.
+        tokenizer: applied to each word on its own.
+        steps: length T of the recording.
+        clock: of the codec.
+        padding_id: token of a step without a word.
+        end_of_padding_id: token of the last padding step before a word.
+    """
+    if words is None:
+        return TextStream(torch.full((steps,), ZERO_TOKEN), 0, 0)
+    tokens = [padding_id] * steps
+    waiting = deque(words)
+    unfinished: deque[int] = deque()
+    written = dropped = 0
+    for step in range(steps):
+        while waiting and _step_of(waiting[0], clock) <= step:
+            dropped += len(unfinished)
+            unfinished = deque(tokenizer.encode(waiting.popleft().text))
+        if unfinished:
+            if step > 0 and tokens[step - 1] == padding_id:
+                tokens[step - 1] = end_of_padding_id
+            tokens[step] = unfinished.popleft()
+            written += 1
+    dropped += len(unfinished) + sum(len(tokenizer.encode(word.text)) for word in waiting)
+    return TextStream(torch.tensor(tokens), written, dropped)
+
+
+def _step_of(word: Word, clock: Clock) -> int:
+    """The step in which a word starts, on whole samples: 12.5 * 0.56 is above 7 as a float."""
+    return round(word.start_sec * clock.sample_rate) // clock.samples_per_step

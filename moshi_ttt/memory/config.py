@@ -1,0 +1,133 @@
+"""Settings of the memory, and which layers get one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moshi_ttt.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The test-time-training memory of the hybrid layers."""
+
+    rule: Literal["ttt_linear", "ttt_mlp", "gated_delta"] = "ttt_linear"
+    """How fast weights learn: one linear map or a two-layer MLP trained by mini-batch gradient
+    steps (Sun et al. 2024), or the gated delta rule (Yang et al. 2024), which writes every step."""
+    layers: list[int] | str = "last:1"
+    """Layers that get a memory: `last:N`, `every:N` (the last of each N), or a list of indices."""
+    placement: Literal["parallel", "post_attention"] = "parallel"
+    """What the memory reads and joins: the normed input of attention, or attention's output."""
+    heads: int = 4
+    """Independent memories side by side, each with its own forgetting time."""
+    head_dim: int | None = None
+    """Channels of a head's keys and values; a head stores head_dim^2 fast weights (ttt_mlp:
+    8 x head_dim^2). None: model dimension / heads."""
+    mini_batch_steps: int = 16
+    """Steps per inner update of the ttt rules; 16 steps = 1.28 s. Not used by gated_delta."""
+    inner_lr: float = 1.0
+    """Inner learning rate of the ttt rules, multiplied by the write gate. Not used by
+    gated_delta, whose rate is the write gate itself."""
+    forgetting_time_steps: tuple[float, float] = (50.0, 20_000.0)
+    """Shortest and longest initial forgetting time, in steps (4 s and 27 min); the heads sit at
+    the centres of equal shares of this range on a log scale. Learned from there."""
+    write_gate: float = 0.03
+    """Initial write gate, in 0..1: how strongly one step is written."""
+    bounded_readout: bool = True
+    """Bound what is added to the residual by the residual's own norm. False reproduces the
+    failure of the research notes: gate x projection, with a norm of its own choosing."""
+
+    def __post_init__(self) -> None:
+        _check("rule", self.rule, self.rule in RULES, f"use one of {', '.join(RULES)}")
+        _check(
+            "placement",
+            self.placement,
+            self.placement in ("parallel", "post_attention"),
+            "use parallel or post_attention",
+        )
+        _check("layers", self.layers, _well_formed(self.layers), _LAYERS_RULE)
+        _check("heads", self.heads, self.heads >= 1, "use 1 or more")
+        _check(
+            "head_dim",
+            self.head_dim,
+            self.head_dim is None or self.head_dim >= 2,
+            "use 2 or more, or null for model dimension / heads",
+        )
+        _check(
+            "mini_batch_steps", self.mini_batch_steps, self.mini_batch_steps >= 1, "use 1 or more"
+        )
+        _check("inner_lr", self.inner_lr, self.inner_lr > 0, "use a rate above 0, e.g. 1.0")
+        shortest, longest = self.forgetting_time_steps
+        _check(
+            "forgetting_time_steps",
+            self.forgetting_time_steps,
+            0 < shortest <= longest < float("inf"),
+            "use [shortest, longest] in steps with 0 < shortest <= longest, e.g. [50, 20000]",
+        )
+        _check(
+            "write_gate",
+            self.write_gate,
+            0 < self.write_gate < 1,
+            "use a value strictly between 0 and 1, e.g. 0.03",
+        )
+
+    def resolved_head_dim(self, dim: int) -> int:
+        """Channels of one head in a model of `dim` channels.
+
+        Raises:
+            UserError: `head_dim` is not set and `heads` does not divide `dim`.
+        """
+        if self.head_dim is not None:
+            return self.head_dim
+        _check(
+            "heads",
+            self.heads,
+            dim % self.heads == 0 and dim // self.heads >= 2,
+            f"it must divide the model's {dim} channels into 2 or more a head; "
+            "use such a divisor, or set model.memory.head_dim",
+        )
+        return dim // self.heads
+
+
+RULES = ("ttt_linear", "ttt_mlp", "gated_delta")
+_LAYERS_RULE = "use last:N, every:N or a list of distinct layer indices, e.g. [25, 26]"
+
+
+def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
+    """Sorted indices that a `MemoryConfig.layers` means in a model of `num_layers` layers.
+
+    Raises:
+        UserError: malformed, or it names no layer or layers that the model does not have.
+    """
+    _check("layers", layers, _well_formed(layers), _LAYERS_RULE)
+    if isinstance(layers, str):
+        kind, count = layers.split(":")
+        n = int(count)
+        first, stride = (num_layers - n, 1) if kind == "last" else (n - 1, n)
+        _check(
+            "layers",
+            layers,
+            n <= num_layers,
+            f"the model has {num_layers} layers; use {kind}:N with N in 1..{num_layers}",
+        )
+        return list(range(first, num_layers, stride))
+    _check(
+        "layers",
+        layers,
+        all(0 <= index < num_layers for index in layers),
+        f"the model has {num_layers} layers; use indices in 0..{num_layers - 1}",
+    )
+    return sorted(layers)
+
+
+def _well_formed(layers: list[int] | str) -> bool:
+    if isinstance(layers, str):
+        return re.fullmatch(r"(last|every):0*[1-9]\d*", layers) is not None
+    return len(layers) > 0 and len(set(layers)) == len(layers)
+
+
+def _check(key: str, value: Any, holds: bool, remedy: str) -> None:
+    if not holds:
+        raise UserError(f"model.memory.{key}={value} is not possible: {remedy}")

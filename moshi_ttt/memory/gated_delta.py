@@ -1,0 +1,76 @@
+"""The gated delta rule: Yang et al. 2024, "Gated Delta Networks", arXiv:2412.06464."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moshi_ttt.memory.config import MemoryConfig
+from moshi_ttt.memory.rule import MemoryRule, MemoryState
+
+_CHUNK_STEPS = 64
+
+
+class GatedDelta(MemoryRule):
+    """An associative matrix S that forgets, corrects itself and is read, at every step.
+
+    `S <- alpha S; S <- S + beta k (v - k'S)'; y = q'S`: online gradient descent on
+    1/2 |k'S - v|^2 with rate beta (the write gate) and a data-dependent decay alpha =
+    exp(-exp(log_rate + w.x)), whose time constant starts at the head's forgetting time.
+
+    The state holds `memory`, S [B, H, dh, dh], keys by values, which starts at a learned value;
+    and `updates`, int64 [B], one a step.
+    """
+
+    def __init__(self, dim: int, config: MemoryConfig) -> None:
+        super().__init__(dim, config)
+        self.forget = nn.Linear(dim, self.heads, bias=False)
+        nn.init.zeros_(self.forget.weight)
+        self.initial = nn.Parameter(torch.zeros(self.heads, self.head_dim, self.head_dim))
+
+    @property
+    def steps_per_update(self) -> int:
+        """Every step is one."""
+        return 1
+
+    def init_state(self, batch_size: int) -> MemoryState:
+        """The learned initial memory for each row; differentiable."""
+        return {
+            "memory": self.initial.to(self.dtype).expand(batch_size, *self.initial.shape),
+            "updates": torch.zeros(batch_size, dtype=torch.int64, device=self.initial.device),
+        }
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        log_rate = self.log_rate.to(self.dtype).view(-1, 1, 1) + self._per_head(self.forget(x))
+        return (*super()._project(x), -log_rate.exp())
+
+    def _chunk_lengths(self, steps: int, state: MemoryState | None) -> Sequence[int]:
+        full, tail = divmod(steps, _CHUNK_STEPS)
+        return [_CHUNK_STEPS] * full + [tail] * (tail > 0)
+
+    def _advance(self, chunk: Sequence[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
+        # with g_t = alpha_1 ... alpha_t, unrolling the rule over the chunk gives
+        #   S_t = g_t S_0 + sum over s <= t of (g_t / g_s) k_s w_s'
+        #   w_t = beta_t (v_t - g_t S_0'k_t - sum over s < t of (g_t / g_s) (k_t.k_s) w_s)
+        # i.e. one unit triangular system for all w of the chunk
+        q, k, v, beta, log_alpha = chunk
+        memory = state["memory"]
+        log_decay = log_alpha.cumsum(2)  # log g, [B, H, n, 1]
+        # the differences above the diagonal are positive and could overflow: cut before exp too
+        between = (log_decay - log_decay.mT).tril().exp().tril()  # g_t / g_s, [B, H, n, n]
+        decay = log_decay.exp()
+
+        written = beta * (v - decay * (k @ memory))
+        if q.shape[2] > 1:
+            system = (beta * between * (k @ k.mT)).tril(-1)
+            written = torch.linalg.solve_triangular(
+                system, written, upper=False, unitriangular=True
+            )
+        y = decay * (q @ memory) + (between * (q @ k.mT)) @ written
+        to_end = between[:, :, -1].unsqueeze(-1)  # g_n / g_s, [B, H, n, 1]
+        return y, {
+            "memory": decay[:, :, -1:] * memory + (to_end * k).mT @ written,
+            "updates": state["updates"] + q.shape[2],
+        }

@@ -1,0 +1,120 @@
+"""What every memory rule shares: projections, write gate, forgetting, and the walk over time."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moshi_ttt.memory.config import MemoryConfig
+
+MemoryState = dict[str, Tensor]
+"""Tensors by name, batch first, in fp32 (fp64 in a double module); `updates` is int64 [B]."""
+
+
+class MemoryRule(nn.Module, ABC):
+    """Fast weights that learn while the model runs, H heads of dh channels.
+
+    A rule is functional: `forward` returns a new state and changes nothing in place, so that
+    activation checkpointing may run it twice. It is exact at every split of time: one call on T
+    steps, and T calls on one step each, compute the same thing.
+    """
+
+    def __init__(self, dim: int, config: MemoryConfig) -> None:
+        """Create and initialise the parameters for inputs of `dim` channels.
+
+        Raises:
+            UserError: the heads do not divide `dim`.
+        """
+        super().__init__()
+        self.heads = config.heads
+        self.head_dim = config.resolved_head_dim(dim)
+        self.qkv = nn.Linear(dim, 3 * self.width, bias=False)
+        nn.init.normal_(self.qkv.weight, std=dim**-0.5)
+        self.write = nn.Linear(dim, self.heads)
+        nn.init.zeros_(self.write.weight)
+        nn.init.constant_(self.write.bias, math.log(config.write_gate / (1 - config.write_gate)))
+        shortest, longest = (math.log(steps) for steps in config.forgetting_time_steps)
+        share = (torch.arange(self.heads) + 0.5) / self.heads
+        # log of the rate of forgetting a step, i.e. minus the log of the forgetting time [H]
+        self.log_rate = nn.Parameter(-(shortest + (longest - shortest) * share))
+
+    @property
+    def width(self) -> int:
+        """Channels of the read-out, H x dh."""
+        return self.heads * self.head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the state and of the inner maths: at least fp32.
+
+        At a write gate of 0.005, bf16 would round most of every update away.
+        """
+        return torch.promote_types(self.qkv.weight.dtype, torch.float32)
+
+    @property
+    @abstractmethod
+    def steps_per_update(self) -> int:
+        """Steps from one inner update, as `updates` counts them, to the next."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int) -> MemoryState:
+        """The learned initial fast weights for each row; differentiable."""
+
+    @abstractmethod
+    def _chunk_lengths(self, steps: int, state: MemoryState | None) -> Sequence[int]:
+        """How `steps` are cut for `_advance`; for 1 step this must not read `state`."""
+
+    @abstractmethod
+    def _advance(self, chunk: Sequence[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """Run one chunk of n steps, in tensor code that never branches on data.
+
+        Args:
+            chunk: what `_project` returned, n steps of it.
+            state: before the chunk.
+
+        Returns:
+            The read-out [B, H, n, dh] and the state after the chunk.
+        """
+
+    def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+        """Read and write T steps.
+
+        The projections follow autocast, the inner maths does not. With T = 1 nothing waits for
+        the device, so a step may be captured in a CUDA graph.
+
+        Args:
+            x: input, [B, T, D], any floating type.
+            state: what `init_state` or an earlier call returned; None starts afresh.
+
+        Returns:
+            The read-out [B, T, H x dh] in the state's type, and the state after T steps.
+        """
+        lengths = self._chunk_lengths(x.shape[1], state)
+        if state is None:
+            state = self.init_state(x.shape[0])
+        inputs = self._project(x.to(self.qkv.weight.dtype))
+        outputs = []
+        with torch.autocast(x.device.type, enabled=False):
+            for chunk in zip(*(tensor.split(lengths, dim=2) for tensor in inputs), strict=True):
+                y, state = self._advance(chunk, state)
+                outputs.append(y)
+        return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2), state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Unit queries and keys, values [B, H, T, dh] and write gates [B, H, T, 1]."""
+        qkv = self.qkv(x).to(self.dtype).unflatten(-1, (3, self.heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return _unit(q), _unit(k), v, self._per_head(self.write(x)).sigmoid()
+
+    def _per_head(self, projected: Tensor) -> Tensor:
+        """[B, T, H] as the inner maths wants it: [B, H, T, 1]."""
+        return projected.to(self.dtype).transpose(1, 2).unsqueeze(-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    # smooth at 0, unlike a clamped norm: a silent input gets no gradient of 1e12
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

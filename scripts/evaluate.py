@@ -1,0 +1,97 @@
+"""Measure a checkpoint, or vanilla Moshi, past its context; or compare runs.
+
+    python scripts/evaluate.py --checkpoint runs/long60s/000/checkpoints/last.ckpt --seconds 120
+    python scripts/evaluate.py --model tiny --seconds 120
+    python scripts/evaluate.py --compare runs/long60s/000 runs/evaluate/tiny_120s
+
+The same instrumented generation as after each training epoch, and the same report.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from moshi_ttt.report import compare_report, write_report
+
+from moshi_ttt.data import RecordingReader, check_manifest, read_manifest
+from moshi_ttt.errors import UserError
+from moshi_ttt.loading import ASSETS, open_source
+from moshi_ttt.longrun import LongRunConfig, evaluate
+from moshi_ttt.model import load_trained
+
+
+def main(args: list[str] | None = None) -> Path:
+    """Do what the command line says.
+
+    Returns:
+        The report.
+    """
+    options = _parser().parse_args(args)
+    chosen = [name for name in ("checkpoint", "model", "compare") if getattr(options, name)]
+    if len(chosen) != 1:
+        raise UserError("give exactly one of --checkpoint FILE, --model SOURCE, --compare RUN RUN")
+    if options.compare:
+        folders = [Path(folder) for folder in options.compare]
+        return compare_report(folders, Path(options.out or "runs/compare.html"))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.checkpoint:
+        checkpoint = Path(options.checkpoint)
+        lm, source, _, trained_steps = load_trained(checkpoint, device)
+        label = f"{checkpoint.parent.parent.name} {checkpoint.stem}"
+        default_out = checkpoint.parent.parent / "evaluate"
+    else:
+        source, trained_steps = open_source(options.model), None
+        lm = source.lm(
+            device=device,
+            dtype=getattr(torch, options.dtype),
+            context_steps=options.context_steps,
+        )
+        label = f"{source.name} (vanilla)"
+        default_out = Path("runs/evaluate")
+    run = LongRunConfig(seconds=options.seconds, **vars(options.run))
+    assert lm.context is not None
+    seconds = round(source.clock.seconds(run.steps(source.clock, lm.context)))
+    name = f"{label} {seconds}s".replace("/", "_").replace(" ", "_").replace("(vanilla)_", "")
+    out = Path(options.out) if options.out else default_out / name
+    manifest = Path(options.manifest)
+    check_manifest(manifest, source.clock, source.tokenizer(), decode=False).raise_problems()
+    recordings = RecordingReader(source, Path(options.cache_dir)).read(read_manifest(manifest)[0])
+    evaluate(
+        lm,
+        source,
+        recordings,
+        run,
+        out / "longgen" / "evaluation",
+        label=label,
+        trained_steps=trained_steps,
+    )
+    return write_report(out)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    add: Any = parser.add_argument
+    add("--checkpoint", type=str | None, help="A .ckpt (its .safetensors is read) of a run.")
+    add("--model", type=str | None, help="Vanilla control: tiny, a folder or a hub id.")
+    add("--compare", nargs="+", help="Run or evaluation folders to overlay.")
+    add("--seconds", type=float | None, help="Length; default: 150 steps past 2C.")
+    add("--context_steps", type=int | None, help="Ring capacity C, with --model only.")
+    add("--dtype", type=str, default="float32", help="Weights' type, with --model only.")
+    add("--manifest", type=str, default=str(ASSETS / "demo/val.jsonl"), help="Recordings.")
+    add("--cache_dir", type=str, default=".cache/codes", help="Cache of encoded audio.")
+    add("--device", type=str | None, help="Default: cuda if there is one.")
+    add("--out", type=str | None, help="Folder (or file, with --compare) to write.")
+    parser.add_class_arguments(LongRunConfig, "run", skip={"seconds"})
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        report = main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"report: {report}")

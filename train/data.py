@@ -1,0 +1,188 @@
+"""Conversations for the trainer: checked and encoded once, then dealt out as windows of codes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from moshi_ttt.data import (
+    EncodedRecording,
+    RecordingReader,
+    WindowLoader,
+    check_manifest,
+    read_manifest,
+)
+from moshi_ttt.errors import UserError
+from moshi_ttt.loading import ASSETS, ModelSource, open_source
+
+DURATION_RANGE_SEC = (15.0, 120.0)
+DEMO = ASSETS / "demo"
+SHOWN_WARNINGS = 10
+
+logger = logging.getLogger(__name__)
+
+
+class ConversationData(LightningDataModule):
+    """Stereo conversations as clips of Moshi's 17 token streams.
+
+    A batch is `{"codes": int64 [B, 17, T], "start_step": int64 [B], "recording": list[str]}`.
+
+    Args:
+        source: model whose codec and tokenizer encode the data; follows `model.source`.
+        manifest: training recordings, one `{"path": "a.wav", "duration": 24.5}` a line; paths
+            are relative to the manifest, audio is stereo, left = Moshi, right = user, and
+            `a.json` beside it holds the words. The default is the bundled demo set.
+        val_manifest: held-out recordings in the same format, for validation and as prompts of
+            long generations.
+        duration_sec: length of a clip in seconds, 15 to 120. Recordings are cut into consecutive
+            clips; a rest of less than a quarter of a clip is left out.
+        allow_any_duration: accept a `duration_sec` outside 15 to 120 seconds.
+        batch_size: clips a batch on each device; the last batch of an epoch may be smaller.
+        cache_dir: folder that keeps encoded audio, so that it is encoded only once; it may be
+            shared between runs, and deleted at any time.
+        seed: decides, together with the epoch, the order of the training clips.
+
+    Raises:
+        UserError: a value out of range, or a manifest that does not exist.
+    """
+
+    def __init__(
+        self,
+        source: str = "tiny",
+        manifest: str = "assets/demo/train.jsonl",
+        val_manifest: str = "assets/demo/val.jsonl",
+        duration_sec: float = 60.0,
+        allow_any_duration: bool = False,
+        batch_size: int = 1,
+        cache_dir: str = ".cache/codes",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        low, high = DURATION_RANGE_SEC
+        if not allow_any_duration and not low <= duration_sec <= high:
+            raise UserError(
+                f"data.duration_sec={duration_sec:g} is outside {low:g}..{high:g}; "
+                f"use {low:g}-{high:g}, or set data.allow_any_duration=true"
+            )
+        for key, value, least in (
+            ("duration_sec", duration_sec, 1.0),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            if not least <= value < math.inf:
+                raise UserError(f"data.{key}={value:g} is out of range; use {least:g} or more")
+        self.source = source
+        self.manifest = _find_manifest("manifest", manifest)
+        self.val_manifest = _find_manifest("val_manifest", val_manifest)
+        self.duration_sec = duration_sec
+        self.batch_size = batch_size
+        self.cache_dir = Path(cache_dir)
+        self.seed = seed
+        self._train: list[EncodedRecording] = []
+        self._val: list[EncodedRecording] = []
+
+    @cached_property
+    def _model_source(self) -> ModelSource:
+        return open_source(self.source)
+
+    @cached_property
+    def _reader(self) -> RecordingReader:
+        return RecordingReader(self._model_source, self.cache_dir)
+
+    @property
+    def clip_steps(self) -> int:
+        """Length of a clip in steps."""
+        return self._model_source.clock.steps(self.duration_sec)
+
+    def prepare_data(self) -> None:
+        """Check both manifests and encode what was never encoded; one process a machine.
+
+        Raises:
+            UserError: naming every file and line that cannot be used.
+        """
+        tokenizer = self._model_source.tokenizer()
+        for path in (self.manifest, self.val_manifest):
+            # damage behind an intact header shows below, when a recording is first encoded
+            check = check_manifest(path, self._model_source.clock, tokenizer, decode=False)
+            check.raise_problems()
+            for warning in check.warnings[:SHOWN_WARNINGS]:
+                logger.warning("%s: %s", path, warning)
+            if len(check.warnings) > SHOWN_WARNINGS:
+                logger.warning(
+                    "%s: %d warnings in all; `python scripts/check_manifest.py %s` lists them",
+                    *(path, len(check.warnings), path),
+                )
+        if self.val_manifest.resolve().parent == DEMO != self.manifest.resolve().parent:
+            logger.warning(
+                "data.val_manifest is the bundled demo set but data.manifest is not; set "
+                "data.val_manifest to held-out recordings of your own"
+            )
+        for path in (self.manifest, self.val_manifest):
+            self._reader.audio_codes(read_manifest(path)[0])
+
+    def setup(self, stage: str) -> None:
+        """Load every recording's codes from the cache, once in the life of this object."""
+        if not self._train:
+            self._train = self._reader.read(read_manifest(self.manifest)[0])
+            self._val = self._reader.read(read_manifest(self.val_manifest)[0])
+
+    def train_dataloader(self) -> WindowLoader:
+        """Shuffled clips, an equal share for each process.
+
+        Raises:
+            UserError: fewer clips than processes.
+        """
+        trainer: Any = self.trainer
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        loader = WindowLoader(
+            self._train,
+            self.clip_steps,
+            self.batch_size,
+            seed=None if trainer.overfit_batches else self.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            trained_batches=lambda: progress.current.processed,
+        )
+        if loader.windows < self.batch_size:
+            logger.warning(
+                "data.batch_size=%d is more than the %d clip(s) that an epoch has for each "
+                "process; every batch has %d",
+                *(self.batch_size, loader.windows, loader.windows),
+            )
+        return loader
+
+    def val_dataloader(self) -> WindowLoader:
+        """Held-out clips in order; each is seen by exactly one process.
+
+        Raises:
+            UserError: fewer clips than processes.
+        """
+        trainer: Any = self.trainer
+        return WindowLoader(
+            self._val,
+            self.clip_steps,
+            self.batch_size,
+            seed=None,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def val_recordings(self) -> list[EncodedRecording]:
+        """Whole held-out recordings, in the order of their manifest."""
+        return self._val
+
+
+def _find_manifest(key: str, value: str) -> Path:
+    """The file that a field means; bundled manifests are found from any working directory."""
+    for path in (Path(value), ASSETS.parent / value):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"data.{key}={value} does not exist (from {Path.cwd()}); give a JSON-lines file of "
+        '{"path": "a.wav", "duration": 24.5}'
+    )

@@ -1,0 +1,136 @@
+"""Fine-tune: `python train/fit.py --config long60s.yaml [--config more.yaml] [--key value]`.
+
+Every field is explained by `--help`; `--print_config` prints the resolved configuration.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks.long_generation import LongGeneration
+from moshi_ttt.errors import UserError
+from train.checkpoints import CheckpointWithWeights
+from train.data import ConversationData
+from train.module import MoshiTTT
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with one run folder, the long generation, and checkpoints that travel."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to a run and not to model, data or trainer."""
+        parser.add_argument(
+            "--run_dir",
+            type=str,
+            default="runs/run",
+            help="Folder of the runs; each new run gets the next numbered folder in it.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Resume: `last` (newest run in run_dir that has a checkpoint) or a .ckpt file.",
+        )
+        parser.add_lightning_class_args(LongGeneration, "long_generation")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})
+        parser.link_arguments("model.source", "data.source")
+
+    def before_instantiate_classes(self) -> None:
+        """Decide the run folder: a new one, or that of the checkpoint to go on with."""
+        root, resume = Path(self.config.run_dir), self.config.ckpt_path
+        self.ckpt_path = find_checkpoint(root, resume)
+        if self.ckpt_path is not None:
+            self.run_folder = self.ckpt_path.parent.parent
+        else:
+            self.run_folder = next_run_folder(root)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Give the trainer its folder, logger, checkpoint files and sampler rule."""
+        self.config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
+        self.config_init.checkpoint.dirpath = self.config.checkpoint.dirpath
+        return super().instantiate_trainer(
+            logger=TensorBoardLogger(self.run_folder, name="", version="", default_hp_metric=False),
+            plugins=[CheckpointWithWeights(self.model, self.datamodule.clip_steps)],
+            # the data module's own sampler is distributed, and resumes within an epoch
+            use_distributed_sampler=False,
+            **kwargs,
+        )
+
+
+def next_run_folder(root: Path) -> Path:
+    """The first unused `root/000`, `root/001`, ...; nothing is ever overwritten."""
+    taken = [int(path.name) for path in root.glob("[0-9][0-9][0-9]") if path.is_dir()]
+    return root / f"{max(taken, default=-1) + 1:03d}"
+
+
+def find_checkpoint(root: Path, resume: str | None) -> Path | None:
+    """The checkpoint file that `--ckpt_path` means.
+
+    Raises:
+        UserError: there is none.
+    """
+    if resume is None:
+        return None
+    if resume == "last":
+        found = sorted(root.glob("[0-9][0-9][0-9]/checkpoints/last.ckpt"))
+        if not found:
+            raise UserError(
+                f"--ckpt_path last: no {root}/NNN/checkpoints/last.ckpt; start without it, or set "
+                "--run_dir to the folder of the run to resume"
+            )
+        return found[-1]
+    if not Path(resume).is_file():
+        raise UserError(f"--ckpt_path {resume} does not exist; give a .ckpt file or `last`")
+    return Path(resume)
+
+
+def resolve_configs(args: list[str]) -> list[str]:
+    """Let `--config NAME` mean `configs/NAME` where there is no such file here."""
+    resolved = list(args)
+    for index, arg in enumerate(args):
+        flag, _, value = arg.partition("=")
+        if flag not in ("--config", "-c"):
+            continue
+        position = index if value else index + 1
+        name = value or (args[position] if position < len(args) else "")
+        if name and not Path(name).exists() and (CONFIGS / name).is_file():
+            resolved[position] = f"{flag}={CONFIGS / name}" if value else str(CONFIGS / name)
+    return resolved
+
+
+def main(args: list[str] | None = None) -> Path:
+    """Fit as the command line says.
+
+    Returns:
+        The run folder.
+    """
+    cli = FitCLI(
+        MoshiTTT,
+        ConversationData,
+        args=resolve_configs(sys.argv[1:] if args is None else args),
+        run=False,
+        trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
+        save_config_kwargs={"overwrite": True},
+    )
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
+    cli.trainer.print(
+        f"\nrun folder:  {cli.run_folder}\nreport:      {cli.run_folder / 'report.html'}\n"
+        f"TensorBoard: tensorboard --logdir {cli.run_folder}"
+    )
+    return cli.run_folder
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
