@@ -1,30 +1,41 @@
-"""Figures of long generations: every position axis shows steps, seconds and legacy tokens.
-
-Plain matplotlib objects without global state, so that they can be drawn from a training process;
-the style lives in a scoped context.
-"""
+"""Figures of long generations: every position axis shows steps, seconds and legacy tokens."""
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import soundfile
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
-from scipy.ndimage import median_filter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.signal import spectrogram
 
-from moshi_ttt.clock import Clock
 from moshi_ttt.jumps import SETTLE_STEPS, Jump
+from moshi_ttt.plot_style import (
+    COLORS,
+    JUMP_COLOR,
+    MAX_CURVES,
+    STYLE,
+    band,
+    depth_bar,
+    fit_height,
+    layer_colors,
+    legend_below,
+    mark,
+    mark_all,
+    mark_jumps,
+    middle,
+    position_axis,
+    run_colors,
+    styled,
+    title,
+)
 from moshi_ttt.trace import Trace
 
 Nll = Mapping[str, Any]
@@ -32,46 +43,7 @@ Nll = Mapping[str, Any]
 `other_codebooks` in nats, where None is undefined."""
 
 DPI = 100
-SMOOTH_STEPS = 13  # rolling median of about one second; wide enough to read, far below a window
-MAX_CURVES = 8  # more epochs than this cannot be told apart in one panel
-JUMP_COLOR = "#c2185b"
-MARK_COLOR = "#555555"
 AUDIO_FLOOR_DB = -80.0
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9.5,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.right": False,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "lines.linewidth": 1.4,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-}
-COLORS = ("#1f6fb4", "#e07b00", "#2e8b57", "#8e44ad", "#c0392b", "#7f6000", "#17899b", "#555555")
-
-P = ParamSpec("P")
-
-
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw inside the style, without leaving a trace in matplotlib's settings."""
-
-    @functools.wraps(draw)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return wrapper
 
 
 def png(figure: Figure) -> bytes:
@@ -82,45 +54,87 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-@_styled
+def evaluation_figures(
+    trace: Trace, jumps: Sequence[Jump], nll: Nll | None, audio: Path | None
+) -> dict[str, Figure]:
+    """Every figure of one evaluation by name; those without data are left out."""
+    figures = {"input_norm": norm_figure(trace, jumps), "heat_map": heat_map_figure(trace, jumps)}
+    if trace.hybrid_layers:
+        figures["memory"] = memory_figure(trace)
+    figures["entropy"] = entropy_figure(trace)
+    if nll is not None:
+        figures["nll"] = nll_figure({trace.label: nll}, [trace])
+    if audio is not None:
+        figures["audio"] = audio_figure(audio, trace)
+    return figures
+
+
+def comparison_figures(
+    traces: Mapping[str, Trace], nlls: Mapping[str, Nll | None]
+) -> dict[str, Figure]:
+    """Overlays by name; at most `MAX_CURVES` evaluations, evenly spaced, first and last included.
+
+    Args:
+        traces: label to trace, at least one.
+        nlls: the same labels to content of `nll.json`, None where there is none.
+    """
+    chosen = np.linspace(0, len(traces) - 1, min(MAX_CURVES, len(traces))).round().astype(int)
+    labels = [list(traces)[index] for index in chosen]
+    shown = {label: traces[label] for label in labels}
+    figures = {
+        "input_norm": norm_overlay_figure(shown),
+        "signals": signal_overlay_figure(shown),
+    }
+    curves = {label: nll for label in labels if (nll := nlls[label]) is not None}
+    if curves:
+        figures["nll"] = nll_figure(curves, [traces[label] for label in curves])
+    return figures
+
+
+@styled
 def norm_figure(trace: Trace, jumps: Sequence[Jump]) -> Figure:
     """Input norm of every layer against position, with structural positions and jumps."""
     figure = Figure(figsize=(10, 5.2))
     axes = figure.add_subplot()
     layers = trace.input_norm.shape[1]
-    series = [_middle(trace.input_norm[:, layer]) for layer in range(layers)]
-    colors = _layer_colors(range(layers))
+    curves = [middle(trace.input_norm[:, layer]) for layer in range(layers)]
+    colors = layer_colors(range(layers))
     banded = set(range(layers)) if layers <= 4 else {0, layers // 2, layers - 1}
-    for layer, middle in enumerate(series):
+    for layer, curve in enumerate(curves):
         hybrid = layer in trace.hybrid_layers
         label = f"layer {layer}" + (" (memory)" if hybrid else "")
-        axes.plot(middle, color=colors[layer], linewidth=2.0 if hybrid else 1.2, label=label)
-        if layer in banded and trace.input_norm.shape[0] > 1:
-            _band(axes, trace.input_norm[:, layer], colors[layer])
-    settled = np.concatenate([middle[SETTLE_STEPS:] for middle in series])
-    _fit_height(axes, settled, room=0.42)
-    if layers <= 6:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.plot(curve, color=colors[layer], linewidth=2 if hybrid else 1.2, label=label)
+        if layer in banded:
+            band(axes, trace.input_norm[:, layer], colors[layer])
+    settled = np.concatenate([curve[SETTLE_STEPS:] for curve in curves])
+    fit_height(axes, settled, room=0.42, foot=0.2 if jumps else 0.08)
+    if layers <= 8:
+        axes.legend(*_deepest_first(axes), loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
-        _depth_bar(figure, [axes], layers)
-    _title(axes, "Input norm of each layer", trace)
+        depth_bar(figure, axes, layers)
+    title(axes, "Input norm of each layer", trace)
     axes.set_ylabel("L2 norm of the layer's input")
-    _position_axis(axes, trace.clock, trace.steps)
-    _mark(axes, trace.critical_steps(), trace.steps)
-    _mark_jumps(axes, jumps, trace.clock)
+    position_axis(axes, trace.clock, trace.steps)
+    mark(axes, trace.critical_steps(), trace.steps)
+    mark_jumps(axes, jumps, trace.clock)
     return figure
 
 
-@_styled
+def _deepest_first(axes: Axes) -> tuple[list[Any], list[str]]:
+    handles, labels = axes.get_legend_handles_labels()
+    return handles[::-1], labels[::-1]
+
+
+@styled
 def heat_map_figure(trace: Trace, jumps: Sequence[Jump]) -> Figure:
     """Layer x position: input norm relative to the same layer's norm after the prompt."""
     layers, steps = trace.input_norm.shape[1:]
-    figure = Figure(figsize=(10, 2.8 + min(3.2, 0.22 * layers)))
+    figure = Figure(figsize=(10, 3.2 + min(3.0, 0.12 * layers)))
     axes = figure.add_subplot()
     first = min(max(trace.prompt_steps, SETTLE_STEPS), steps - 1)
-    middle = np.stack([_middle(trace.input_norm[:, layer]) for layer in range(layers)])
-    early = np.nanmedian(middle[:, first : first + 50], axis=-1, keepdims=True)
-    octaves = np.log2(middle / early)
+    curves = np.stack([middle(trace.input_norm[:, layer]) for layer in range(layers)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        octaves = np.log2(curves / np.median(curves[:, first : first + 50], axis=-1, keepdims=True))
     octaves[:, :SETTLE_STEPS] = np.nan
     finite = np.abs(octaves[np.isfinite(octaves)])
     limit = max(np.log2(1.1), float(np.quantile(finite, 0.99)) if finite.size else 0.0)
@@ -139,22 +153,21 @@ def heat_map_figure(trace: Trace, jumps: Sequence[Jump]) -> Figure:
     bar = figure.colorbar(image, ax=axes, pad=0.01, ticks=np.linspace(-limit, limit, 5))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"x{2**value:.2f}"))
     bar.set_label("norm / norm after the prompt")
-    _title(axes, "Change of the input norm by depth and position", trace)
-    _position_axis(axes, trace.clock, steps)
-    _mark(axes, trace.critical_steps(), steps)
+    title(axes, "Change of the input norm by depth and position", trace)
+    position_axis(axes, trace.clock, steps)
+    mark(axes, trace.critical_steps(), steps)
     for jump in jumps:
-        axes.plot(
-            [jump.step] * len(jump.layers), jump.layers, "d", color=JUMP_COLOR, mec="white", ms=5
-        )
+        at = [jump.step] * len(jump.layers)
+        axes.plot(at, jump.layers, "d", color=JUMP_COLOR, markeredgecolor="white", markersize=6)
     return figure
 
 
-@_styled
+@styled
 def memory_figure(trace: Trace) -> Figure:
     """Branch ratio, gate, raw branch norm and inner updates of the hybrid layers."""
-    figure = Figure(figsize=(10, 6.4))
+    figure = Figure(figsize=(10, 6.6))
     panels = figure.subplots(2, 2, sharex=True)
-    colors = _layer_colors(trace.hybrid_layers)
+    colors = layer_colors(trace.hybrid_layers)
     for axes, (name, array) in zip(
         panels.flat,
         (
@@ -165,102 +178,98 @@ def memory_figure(trace: Trace) -> Figure:
         ),
         strict=True,
     ):
-        for index, layer in enumerate(trace.hybrid_layers):
-            middle = _middle(array[:, index])
-            axes.plot(middle, color=colors[layer], label=f"layer {layer}")
+        curves = [middle(array[:, index]) for index in range(len(trace.hybrid_layers))]
+        for layer, curve in zip(trace.hybrid_layers, curves, strict=True):
+            axes.plot(curve, color=colors[layer], label=f"layer {layer}")
         axes.set_ylabel(name)
-        axes.margins(y=0.1)
-        _mark(axes, trace.critical_steps(), trace.steps, labels=axes is panels[0, 0], room=0.4)
-    for axes in panels[0]:
-        _position_axis(axes, trace.clock, trace.steps, below=False)
-    for axes in panels[1]:
-        _position_axis(axes, trace.clock, trace.steps, above=False)
-    _title(panels[0, 0], "The memory", trace)
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(8, len(trace.hybrid_layers)),
-    )
+        first = axes is panels[0, 0]
+        fit_height(axes, np.concatenate(curves), room=0.5 if first else 0.08)
+        mark(axes, trace.critical_steps(), trace.steps, labels=first)
+        top = axes in panels[0]
+        position_axis(axes, trace.clock, trace.steps, above=top, below=not top)
+    title(panels[0, 0], "The memory", trace, note_axes=panels[0, 1])
+    legend_below(figure, panels[0, 0])
     return figure
 
 
-@_styled
+@styled
 def entropy_figure(trace: Trace) -> Figure:
     """Entropy of the text and first-codebook predictions against position."""
     figure = Figure(figsize=(10, 5.2))
     panels = figure.subplots(2, 1, sharex=True)
     for axes, color, name, entropy in zip(
         panels,
-        COLORS,
+        COLORS[:2],
         ("text (nats)", "first codebook (nats)"),
         (trace.text_entropy, trace.audio_entropy),
-        strict=False,
+        strict=True,
     ):
-        axes.plot(_middle(entropy), color=color)
-        if entropy.shape[0] > 1:
-            _band(axes, entropy, color)
+        curve = middle(entropy)
+        axes.plot(curve, color=color)
+        band(axes, entropy, color)
         axes.set_ylabel(name)
-        axes.set_ylim(bottom=0)
-        _mark(axes, trace.critical_steps(), trace.steps, labels=axes is panels[0], room=0.5)
-    _position_axis(panels[0], trace.clock, trace.steps, below=False)
-    _position_axis(panels[1], trace.clock, trace.steps, above=False)
-    _title(panels[0], "Entropy of the predictions", trace)
+        top = axes is panels[0]
+        fit_height(axes, np.append(curve, 0.0), room=0.6 if top else 0.15)
+        mark(axes, trace.critical_steps(), trace.steps, labels=top)
+        position_axis(axes, trace.clock, trace.steps, above=top, below=not top)
+    title(panels[0], "Entropy of the predictions", trace)
     return figure
 
 
-@_styled
-def nll_figure(curves: Mapping[str, Nll], marks: Mapping[str, int], clock: Clock) -> Figure:
-    """Teacher-forced loss against position on a held-out recording, one curve a label.
+@styled
+def nll_figure(curves: Mapping[str, Nll], traces: Sequence[Trace]) -> Figure:
+    """Teacher-forced loss against position on held-out recordings, one curve a label.
 
     Args:
         curves: label to content of `nll.json`.
-        marks: structural positions, in steps.
-        clock: for the position axis.
+        traces: the runs they belong to, in the same order, for clock and structural positions.
     """
-    figure = Figure(figsize=(10, 6.4))
+    figure = Figure(figsize=(10, 6.6))
     panels = figure.subplots(3, 1, sharex=True)
     steps = max(max(nll["start_step"], default=0) + nll["window_steps"] for nll in curves.values())
-    colors = _curve_colors(len(curves))
+    colors = run_colors(len(curves))
     for axes, key in zip(panels, ("text", "first_codebook", "other_codebooks"), strict=True):
+        losses = []
         for color, (label, nll) in zip(colors, curves.items(), strict=True):
-            edges = np.array(nll["start_step"], dtype=float)
-            loss = np.array(nll[key], dtype=float)  # None becomes NaN
-            width = nll["window_steps"]
-            axes.plot(edges + width / 2, loss, "o-", markersize=3, color=color, label=label)
+            centre = np.array(nll["start_step"], dtype=float) + nll["window_steps"] / 2
+            losses.append(np.array(nll[key], dtype=float))  # None becomes NaN
+            axes.plot(centre, losses[-1], "o-", markersize=3, color=color, label=label)
         axes.set_ylabel(f"{key.replace('_', ' ')}\n(nats a token)")
-        axes.margins(y=0.15)
-        _mark(axes, marks, steps, labels=axes is panels[0], room=0.5)
-    _position_axis(panels[0], clock, steps, below=False)
-    _position_axis(panels[-1], clock, steps, above=False)
-    panels[0].set_title("Teacher-forced loss on a held-out recording")
+        top = axes is panels[0]
+        fit_height(axes, np.concatenate(losses), room=0.9 if top else 0.1)
+        mark_all(axes, traces, colors, steps, labels=top, without=("prompt end",))
+        position_axis(axes, traces[0].clock, steps, above=top, below=axes is panels[-1])
+    panels[0].set_title("Teacher-forced loss on held-out recordings")
     if len(curves) > 1:
-        _legend_below(figure, panels[0])
+        legend_below(figure, panels[0])
     return figure
 
 
-@_styled
-def audio_figure(path: Path) -> Figure:
-    """Waveform and spectrogram of a sound file; the channels of a stereo file are averaged."""
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    mono = samples.mean(axis=1)
-    figure = Figure(figsize=(10, 4.4))
-    wave, picture = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.2))
-    seconds = len(mono) / rate
-    # outline only: a line through a million samples is slow and shows the same
-    pieces = np.array_split(mono, min(2000, max(1, len(mono))))
+@styled
+def audio_figure(path: Path, trace: Trace) -> Figure:
+    """Waveform of every channel, and spectrogram of the first, which is Moshi's own voice."""
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # [samples, channels]
+    figure = Figure(figsize=(10, 4.8))
+    wave, picture = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+    seconds = len(samples) / rate
+    # the outline only: a line through a million samples is slow and shows the same
+    pieces = np.array_split(samples, min(2000, max(1, len(samples))))
     at = np.linspace(0, seconds, len(pieces))
-    low, high = ([pick(piece, initial=0.0) for piece in pieces] for pick in (np.min, np.max))
-    wave.fill_between(at, low, high, color=COLORS[0], linewidth=0)
-    peak = max(0.05, float(np.abs(mono).max(initial=0.0)))
-    wave.set_ylim(-1.05 * peak, 1.05 * peak)
+    names = ("Moshi", "user")[: samples.shape[1]]
+    for channel, color in enumerate((COLORS[0], "#f0a860")[: len(names)]):
+        low = [piece[:, channel].min(initial=0.0) for piece in pieces]
+        high = [piece[:, channel].max(initial=0.0) for piece in pieces]
+        wave.fill_between(at, low, high, color=color, alpha=0.8, linewidth=0, label=names[channel])
+    peak = 1.05 * max(0.05, float(np.abs(samples).max(initial=0.0)))
+    wave.set_ylim(-peak, peak)
     wave.set_ylabel("amplitude")
-    wave.set_title(f"Generated audio: {path.name}")
-    if len(mono) >= 512:
-        hertz, times, power = spectrogram(mono, rate, nperseg=512, noverlap=256, mode="magnitude")
-        decibels = 20 * np.log10(np.maximum(power, 1e-12))
-        top = float(decibels.max())
+    wave.legend(loc="upper right", ncols=2, bbox_to_anchor=(1.0, 1.22))
+    wave.set_title(f"Generated audio, {path.stem}")
+    if len(samples) >= 1024:
+        hertz, times, size = spectrogram(samples[:, 0], rate, nperseg=1024, mode="magnitude")
+        decibels = 20 * np.log10(np.maximum(size, 1e-12))
         image = picture.imshow(
-            np.maximum(decibels - top, AUDIO_FLOOR_DB),
+            np.maximum(decibels - decibels.max(), AUDIO_FLOOR_DB),
             aspect="auto",
             origin="lower",
             extent=(float(times[0]), float(times[-1]), 0, float(hertz[-1]) / 1000),
@@ -268,60 +277,76 @@ def audio_figure(path: Path) -> Figure:
         )
         figure.colorbar(image, ax=picture, pad=0.01, label="dB below the peak")
     picture.grid(False)
-    picture.set_ylabel("frequency (kHz)")
+    picture.set_ylabel(f"{names[0]}, frequency (kHz)")
     picture.set_xlabel("time (s)")
     picture.set_xlim(0, max(seconds, 1e-3))
+    marks = {name: trace.clock.seconds(step) for name, step in trace.critical_steps().items()}
+    mark(wave, marks, seconds, labels=False)
+    mark(picture, marks, seconds, color="white", paper="black")
     return figure
 
 
-@_styled
-def norm_overlay_figure(traces: Sequence[Trace]) -> Figure:
-    """Input norm of up to four layers spread over the depth, one curve a trace."""
-    figure = Figure(figsize=(10, 6.4))
-    shallowest = min(trace.input_norm.shape[1] for trace in traces)
-    chosen = sorted({round(share * (shallowest - 1)) for share in (0, 1 / 3, 2 / 3, 1)})
-    panels = np.atleast_1d(figure.subplots(2 if len(chosen) > 2 else 1, 2, sharex=True).ravel())
-    for axes, layer in zip(panels, chosen, strict=False):
-        series = [(trace, trace.input_norm[:, layer]) for trace in traces]
-        _overlay(axes, series, labels=axes is panels[0])
+@styled
+def norm_overlay_figure(traces: Mapping[str, Trace]) -> Figure:
+    """Input norm of four layers spread over the depth, one curve a run."""
+    shallowest = min(trace.input_norm.shape[1] for trace in traces.values())
+    figure = Figure(figsize=(10, 6.6))
+    panels = figure.subplots(2, 2, sharex=True)
+    for axes, share in zip(panels.flat, (0, 1 / 3, 2 / 3, 1), strict=True):
+        layer = round(share * (shallowest - 1))
+        curves = {label: trace.input_norm[:, layer] for label, trace in traces.items()}
+        first, top = axes is panels[0, 0], axes in panels[0]
+        _overlay(axes, curves, traces, room=0.5 if first else 0.08, above=top, below=not top)
         axes.set_ylabel(f"input norm, layer {layer}")
-    for axes in panels[len(chosen) :]:
-        axes.set_visible(False)
-    _overlay_axes(figure, panels[:2], panels[len(chosen) - 2 : len(chosen)], traces)
-    panels[0].set_title("Input norm, compared")
+    panels[0, 0].set_title("Input norm, compared")
+    legend_below(figure, panels[0, 0])
     return figure
 
 
-@_styled
-def signal_overlay_figure(traces: Sequence[Trace]) -> Figure:
-    """Branch ratio (mean of the hybrid layers) and entropies, one curve a trace."""
-    figure = Figure(figsize=(10, 6.4))
+@styled
+def signal_overlay_figure(traces: Mapping[str, Trace]) -> Figure:
+    """Branch ratio (mean of the hybrid layers) and entropies, one curve a run."""
+    figure = Figure(figsize=(10, 6.6))
     panels = figure.subplots(3, 1, sharex=True)
     rows: tuple[tuple[str, Callable[[Trace], np.ndarray]], ...] = (
-        ("branch ratio", lambda trace: trace.branch_ratio.mean(axis=1)),
+        ("branch ratio", _branch_ratio),
         ("text entropy\n(nats)", lambda trace: trace.text_entropy),
         ("first codebook\nentropy (nats)", lambda trace: trace.audio_entropy),
     )
     for axes, (name, pick) in zip(panels, rows, strict=True):
-        # vanilla Moshi has no branch, and a ratio of 0 is exactly what it adds
-        series = [
-            (
-                trace,
-                pick(trace)
-                if trace.hybrid_layers or name != "branch ratio"
-                else np.zeros_like(trace.text_entropy),
-            )
-            for trace in traces
-        ]
-        _overlay(axes, series, labels=axes is panels[0])
+        curves = {label: pick(trace) for label, trace in traces.items()}
+        first = axes is panels[0]
+        _overlay(
+            axes, curves, traces, room=1.0 if first else 0.1, above=first, below=axes is panels[-1]
+        )
         axes.set_ylabel(name)
-    _overlay_axes(figure, panels[:1], panels[-1:], traces)
     panels[0].set_title("Memory and entropies, compared")
+    legend_below(figure, panels[0])
     return figure
 
 
-def spread(items: Sequence[Any]) -> list[Any]:
-    """At most `MAX_CURVES` of the items, evenly spaced, with the first and the last."""
-    count = min(MAX_CURVES, len(items))
-    chosen = np.linspace(0, len(items) - 1, count).round().astype(int)
-    return [items[index] for index in chosen]
+def _branch_ratio(trace: Trace) -> np.ndarray:
+    """Mean over hybrid layers, [S, T]; vanilla Moshi has no branch, so it adds exactly 0."""
+    if not trace.hybrid_layers:
+        return np.zeros_like(trace.text_entropy)
+    return trace.branch_ratio.mean(axis=1)
+
+
+def _overlay(
+    axes: Axes,
+    curves: Mapping[str, np.ndarray],
+    traces: Mapping[str, Trace],
+    *,
+    room: float,
+    above: bool,
+    below: bool,
+) -> None:
+    """One panel, one curve a run; labels for structural positions where the panel has `room`."""
+    colors = run_colors(len(curves))
+    lines = {label: middle(values) for label, values in curves.items()}
+    for color, (label, line) in zip(colors, lines.items(), strict=True):
+        axes.plot(line, color=color, label=label)
+    fit_height(axes, np.concatenate([line[SETTLE_STEPS:] for line in lines.values()]), room=room)
+    end = max(map(len, lines.values()))
+    mark_all(axes, list(traces.values()), colors, end, labels=room >= 0.5)
+    position_axis(axes, next(iter(traces.values())).clock, end, above=above, below=below)

@@ -15,8 +15,29 @@ from dataclasses import dataclass
 import numpy as np
 
 SLOTS: dict[str, tuple[str, ...]] = {
-    "name": ("Anna", "Peter", "Laura", "Simon", "Clara", "Martin", "Julia", "Oscar", "Nina", "Paul"),
-    "city": ("Paris", "London", "Dublin", "Boston", "Berlin", "Madrid", "Vienna", "Chicago", "Rome"),
+    "name": (
+        "Anna",
+        "Peter",
+        "Laura",
+        "Simon",
+        "Clara",
+        "Martin",
+        "Julia",
+        "Oscar",
+        "Nina",
+        "Paul",
+    ),
+    "city": (
+        "Paris",
+        "London",
+        "Dublin",
+        "Boston",
+        "Berlin",
+        "Madrid",
+        "Vienna",
+        "Chicago",
+        "Rome",
+    ),
     "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     "month": ("April", "May", "June", "July", "September", "October"),
     "colour": ("red", "blue", "green", "yellow", "purple", "orange", "grey", "brown"),
@@ -41,7 +62,8 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 
 GREETING = (
-    "A: [Hello|Hi|Good morning|Good evening], this is {name}. [How are you today?|How is it going?]",
+    "A: [Hello|Hi|Good morning|Good evening], this is {name}. "
+    "[How are you today?|How is it going?]",
     "B: [Hi|Hello] {name}. [I am fine, thank you.|I am doing very well.|Not bad at all.] "
     "[And how are you?|What about you?]",
     "A: [I am good too.|A little tired, but happy.|Very well, thanks.] "
@@ -70,7 +92,8 @@ EXCHANGES: tuple[tuple[str, ...], ...] = (
         "B: A {animal}! That is {good}. What does {pet} look like?",
         "A: She is small and {colour}, and she sleeps in the {room} all day long.",
         "B: And what does she eat?",
-        "A: Mostly {plant}, believe it or not. She stole {number} of them from the {room} yesterday.",
+        "A: Mostly {plant}, believe it or not. She stole {number} of them from the {room} "
+        "yesterday.",
     ),
     (
         "A: What is the weather like in {city}?",
@@ -81,7 +104,8 @@ EXCHANGES: tuple[tuple[str, ...], ...] = (
     ),
     (
         "A: I cannot find my {thing} anywhere.",
-        "B: Where did you see it last? [Maybe it is still in the {room}.|Did you look in the {room}?]",
+        "B: Where did you see it last? "
+        "[Maybe it is still in the {room}.|Did you look in the {room}?]",
         "A: No, I looked there already. I looked under the table, behind the door, and in the car.",
         "B: What about the {room2}? Last {day} you left your {thing2} there.",
         "A: You are right, here it is! It was in the {room2}, next to the {colour} box.",
@@ -97,8 +121,10 @@ EXCHANGES: tuple[tuple[str, ...], ...] = (
     (
         "A: Can you help me with something? I have to give a talk on {day}.",
         "B: Of course. What is it about?",
-        "A: It is about the old {place} in {city}. I have {number} minutes, and far too much to say.",
-        "B: Then choose {number2} ideas and tell one short story for each. People remember stories.",
+        "A: It is about the old {place} in {city}. I have {number} minutes, and far too much "
+        "to say.",
+        "B: Then choose {number2} ideas and tell one short story for each. People remember "
+        "stories.",
         "A: That is a {good} idea. I could begin with the {job} who built it.",
         "B: Yes, start with the {job}. And speak slowly.",
     ),
@@ -119,7 +145,8 @@ EXCHANGES: tuple[tuple[str, ...], ...] = (
     ),
     (
         "A: How do I get from here to the {place}?",
-        "B: Take the {vehicle} for {number} stops, and then walk past the {colour} house on the left.",
+        "B: Take the {vehicle} for {number} stops, and then walk past the {colour} house on the "
+        "left.",
         "A: The {colour} house on the left. And after that?",
         "B: After that you turn right, and you will see the {place} in front of you. "
         "It takes about {number2} minutes.",
@@ -138,7 +165,8 @@ EXCHANGES: tuple[tuple[str, ...], ...] = (
         "A: Why {city}?",
         "B: Because it is {weather} there most of the year, and because my {relative} lives there. "
         "She is a {job}.",
-        "A: I would rather have a small {colour} house near the sea, with {number} windows and no phone.",
+        "A: I would rather have a small {colour} house near the sea, with {number} windows and "
+        "no phone.",
     ),
     (
         "A: I would like to order some food, please.",
@@ -160,8 +188,8 @@ EXCHANGES: tuple[tuple[str, ...], ...] = (
         "B: [Okay, I am ready.|All right, go on.] Is it bigger than a {animal}?",
         "A: Yes, it is much bigger than a {animal}. And it is {colour}.",
         "B: Is it a {vehicle}?",
-        "A: [No, not quite.|That was close, but no.] You can find it in {city}, and people go there "
-        "when it is {weather}.",
+        "A: [No, not quite.|That was close, but no.] You can find it in {city}, and people go "
+        "there when it is {weather}.",
         "B: Then it must be the {place}!",
         "A: Yes, well done. It is the {colour} {place} in {city}.",
     ),
@@ -215,7 +243,7 @@ def _expand(template: str, rng: np.random.Generator, bound: dict[str, str]) -> s
     def fill(match: re.Match[str]) -> str:
         name, slot = match[1], match[1].rstrip("2")
         if name not in bound:
-            # a second filling differs from the first, and so does a first one drawn late
+            # `{room2}` is another room than `{room}`
             free = [word for word in SLOTS[slot] if word not in bound.values()]
             bound[name] = free[rng.integers(len(free))]
         return bound[name]

@@ -149,7 +149,9 @@ def _trimmed(utterance: Utterance) -> Utterance:
     window[:fade] = np.linspace(0, 1, fade)
     window[-fade:] = np.linspace(1, 0, fade)
     gain = min(_SPEECH_RMS / audio.std(), 0.9 / np.abs(audio).max())
-    words = tuple((word, start - start_sec, end - start_sec) for word, start, end in utterance.words)
+    words = tuple(
+        (word, start - start_sec, end - start_sec) for word, start, end in utterance.words
+    )
     return Utterance(audio * window * np.float32(gain), words)
 
 

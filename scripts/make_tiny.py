@@ -1,4 +1,4 @@
-"""Build the bundled tiny Moshi: moshi's structure and checkpoint layout, at a thousandth of its size.
+"""Build the bundled tiny Moshi: moshi's structure and checkpoint layout, a thousandth of its size.
 
     python scripts/make_tiny.py            # writes assets/tiny, about fifteen minutes on a core
 
@@ -25,7 +25,7 @@ import safetensors.torch
 import sentencepiece
 import soundfile
 import torch
-from codec_training import codebooks, fit_codebooks, scale_to_unit_variance, train
+from codec_training import fit_codebooks, scale_to_unit_variance, train
 from conversation import BACKCHANNELS, conversation
 from moshi.models import LMModel, MimiModel, loaders
 from torch import Tensor, nn
@@ -144,7 +144,9 @@ def build_codec(speech: Tensor, updates: int, seed: int) -> MimiModel:
 def read_speech(manifest: Path) -> Tensor:
     """Both channels of every recording, one after the other, [samples]."""
     if not manifest.exists():
-        raise UserError(f"{manifest} does not exist; build the demo set: python scripts/make_demo.py")
+        raise UserError(
+            f"{manifest} does not exist; build the demo set: python scripts/make_demo.py"
+        )
     parts = []
     for line in manifest.read_text().splitlines():
         audio, sample_rate = soundfile.read(

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - phonetic letters look like others
 """Two offline voices that say when each word was spoken.
 
 Both are small ONNX graphs inside Python packages, and both read the phonemes of one front end
@@ -187,7 +188,7 @@ def _loud(audio: np.ndarray) -> np.ndarray:
 
 
 def _trim(start_sec: float, end_sec: float, loud: np.ndarray) -> tuple[float, float]:
-    """Take the silence off both ends of a word; the graphs give pauses to the sounds beside them."""
+    """Take the silence off both ends of a word; the graphs give pauses to the sounds around."""
     first, last = int(start_sec / _FRAME_SEC), int(end_sec / _FRAME_SEC)
     heard = first + np.flatnonzero(loud[first : last + 1])
     if not len(heard):

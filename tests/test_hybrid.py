@@ -202,6 +202,22 @@ def test_the_memory_alone_can_train_on_a_frozen_model(make_lm: MakeLM) -> None:
 
 
 @every_placement
+def test_placement_decides_what_the_branch_reads_and_is_relative_to(
+    make_lm: MakeLM, placement: str
+) -> None:
+    lm = with_memory(make_lm(), placement=placement, gate=0.5)
+    layer = hybrid_layers(lm)[2]
+    base, branch, x = layer.base, layer.branch, torch.randn(2, 9, 32)
+    normed = base.norm1(x)
+    h = x + base.self_attn(normed, normed, normed)
+    if placement == "parallel":
+        h = h + branch(normed, x)
+    else:
+        h = h + branch(h / h.square().mean(-1, keepdim=True).sqrt(), h)
+    torch.testing.assert_close(layer(x), h + base.gating(base.norm2(h)))
+
+
+@every_placement
 def test_bounded_branch_never_exceeds_the_gate_times_the_residual(
     make_lm: MakeLM, placement: str
 ) -> None:
@@ -280,6 +296,10 @@ def test_streaming_the_model_equals_its_parallel_forward(
         expected, _ = lm.forward_text(batch)
         with lm.streaming(2):
             steps = [lm.forward_text(step)[0] for step in batch.split(1, dim=-1)]
+            state = lm.get_streaming_state()
+            # a wrapped layer keeps the same books as one that is not
+            assert state["transformer.layers.0"].offset_cpu == 37
+            assert state["transformer.layers.1.base"].offset_cpu == 37
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -85,6 +85,8 @@ class ConversationData(LightningDataModule):
         self.seed = seed
         self._train: list[EncodedRecording] = []
         self._val: list[EncodedRecording] = []
+        self._train_loader: WindowLoader | None = None
+        self._resume: dict[str, Any] | None = None
 
     @cached_property
     def _model_source(self) -> ModelSource:
@@ -146,14 +148,17 @@ class ConversationData(LightningDataModule):
             seed=None if trainer.overfit_batches else self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            trained_batches=lambda: progress.current.processed,
+            trained_batches=lambda: progress.total.processed,
         )
+        if self._resume is not None:
+            loader.load_state_dict(self._resume)
         if loader.windows < self.batch_size:
             logger.warning(
                 "data.batch_size=%d is more than the %d clip(s) that an epoch has for each "
                 "process; every batch has %d",
                 *(self.batch_size, loader.windows, loader.windows),
             )
+        self._train_loader = loader
         return loader
 
     def val_dataloader(self) -> WindowLoader:
@@ -171,6 +176,18 @@ class ConversationData(LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the training data, for the checkpoint.
+
+        Lightning keeps the state of loaders too, but restores it only when it takes an epoch for
+        unfinished; one that `max_steps` cut short it takes for finished.
+        """
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the position until the training loader is made."""
+        self._resume = state_dict["train"]
 
     def val_recordings(self) -> list[EncodedRecording]:
         """Whole held-out recordings, in the order of their manifest."""

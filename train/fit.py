@@ -41,7 +41,14 @@ class FitCLI(LightningCLI):
         )
         parser.add_lightning_class_args(LongGeneration, "long_generation")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.save_top_k": 0,
+                # after the long generation: what is resumed has been evaluated
+                "checkpoint.save_on_train_epoch_end": True,
+            }
+        )
         parser.link_arguments("model.source", "data.source")
 
     def before_instantiate_classes(self) -> None:

@@ -33,11 +33,12 @@ def cut_windows(recording_steps: Sequence[int], clip_steps: int) -> list[Window]
 
 
 class WindowLoader:
-    """Batches of windows: finite epochs, one share a process, resumable in mid-epoch.
+    """Batches of windows: finite epochs, one share a process, resumable anywhere.
 
-    Codes are in memory (6 MB an hour), so there is nothing for worker processes to do. Lightning
-    sees a loader with `state_dict`, saves it with its checkpoints, and calls `set_epoch` on
-    `sampler`.
+    With a seed it is an endless sequence of shuffled epochs, and every pass gives the next
+    `len(self)` batches of it; a pass that a resumed run begins in mid-epoch goes on from there.
+    Without a seed every pass is the same. Codes are in memory (6 MB an hour), so there is nothing
+    for worker processes to do.
 
     Args:
         recordings: cut into windows.
@@ -48,15 +49,12 @@ class WindowLoader:
             nothing out.
         rank: of this process.
         world_size: number of processes.
-        trained_batches: tells how many batches of this epoch have been trained on; a checkpoint
-            saved because of an exception must not count the batch in hand. None counts every
-            batch given out.
+        trained_batches: counts batches trained on; a checkpoint saved because of an exception
+            must not count the batch in hand. None takes every batch given out as trained on.
 
     Raises:
         UserError: fewer windows than processes.
     """
-
-    batch_sampler = None  # Lightning reads it of every loader that has a sampler
 
     def __init__(
         self,
@@ -84,18 +82,8 @@ class WindowLoader:
         self._world_size = world_size
         self._trained_batches = trained_batches
         self._epoch = 0
-        self._given_batches = 0
-        self._resume_from: dict[str, Any] | None = None
-
-    @property
-    def sampler(self) -> WindowLoader:
-        """Where Lightning looks for `set_epoch`."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
-        self._epoch = epoch
-        self._given_batches = 0
+        self._given_batches = 0  # of this epoch
+        self._trained_before: int | None = None  # the batch given last
 
     @property
     def windows(self) -> int:
@@ -103,19 +91,48 @@ class WindowLoader:
         return len(self._share(0))
 
     def __len__(self) -> int:
-        """Batches an epoch for this process, whether or not some are already done."""
+        """Batches an epoch for this process."""
         return -(-self.windows // self._batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches of `codes` [B, 17, T] int64, `start_step` [B] int64 and `recording` (names)."""
-        # Lightning makes the iterator before it sets the epoch; nothing runs here until the first
-        # batch is asked for
-        share = self._share(self._epoch)
-        self._given_batches = self._done_batches()
-        for batch in range(self._given_batches, len(self)):
-            rows = share[batch * self._batch_size : (batch + 1) * self._batch_size]
+        if self._seed is None:
+            self._epoch = self._given_batches = 0
+        for _ in range(len(self)):
+            if self._given_batches == len(self):
+                self._epoch, self._given_batches = self._epoch + 1, 0
+            first = self._given_batches * self._batch_size
+            rows = self._share(self._epoch)[first : first + self._batch_size]
             self._given_batches += 1
+            self._trained_before = self._trained_batches and self._trained_batches()
             yield self._collate([self._windows[row] for row in rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data, the same on every process."""
+        epoch, done = self._epoch, self._given_batches
+        if self._trained_batches and self._trained_batches() == self._trained_before:
+            done -= 1
+        if done == len(self):
+            epoch, done = epoch + 1, 0
+        return {"epoch": epoch, "done_batches": done, "plan": self._plan()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            UserError: that was within an epoch of other windows, batches or processes.
+        """
+        old, new = state["plan"], self._plan()
+        if state["done_batches"] and old != new:
+            changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+            raise UserError(
+                f"the checkpoint stopped after {state['done_batches']} batches of epoch "
+                f"{state['epoch']}, and the rest of that epoch is undefined now ("
+                f"{', '.join(changes)}); restore the data settings, or resume from a checkpoint "
+                "of the end of an epoch"
+            )
+        self._epoch, self._given_batches = state["epoch"], state["done_batches"]
+        self._trained_before = None
 
     def _share(self, epoch: int) -> Sequence[int]:
         """Indices of this process's windows in the order of an epoch."""
@@ -147,31 +164,3 @@ class WindowLoader:
             "seed": self._seed,
             "world_size": self._world_size,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the data, the same on every process."""
-        if self._resume_from is not None:  # nothing was given out since
-            return self._resume_from
-        done = self._given_batches
-        if self._trained_batches is not None:
-            done = min(done, self._trained_batches())
-        return {"epoch": self._epoch, "done_batches": done, "plan": self._plan()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, if that epoch is the next to be iterated."""
-        self._resume_from = state
-
-    def _done_batches(self) -> int:
-        """Batches of this epoch that the run before the interruption has trained on."""
-        state, self._resume_from = self._resume_from, None
-        if state is None or state["epoch"] != self._epoch:
-            return 0
-        changed = {key: value for key, value in self._plan().items() if value != state["plan"][key]}
-        if changed and state["done_batches"]:
-            raise UserError(
-                f"the checkpoint stopped in the middle of epoch {self._epoch} with "
-                f"{ {key: state['plan'][key] for key in changed} }, this run has {changed}; what "
-                "is left of that epoch is undefined: restore the data settings, or resume from a "
-                "checkpoint of the end of an epoch"
-            )
-        return int(state["done_batches"])
