@@ -28,8 +28,8 @@ from moshi_ttt.plot_style import (
     layer_colors,
     legend_below,
     mark,
-    mark_all,
     mark_jumps,
+    mark_runs,
     middle,
     position_axis,
     run_colors,
@@ -183,7 +183,7 @@ def memory_figure(trace: Trace) -> Figure:
             axes.plot(curve, color=colors[layer], label=f"layer {layer}")
         axes.set_ylabel(name)
         first = axes is panels[0, 0]
-        fit_height(axes, np.concatenate(curves), room=0.5 if first else 0.08)
+        fit_height(axes, np.concatenate(curves), room=0.7 if first else 0.08)
         mark(axes, trace.critical_steps(), trace.steps, labels=first)
         top = axes in panels[0]
         position_axis(axes, trace.clock, trace.steps, above=top, below=not top)
@@ -195,8 +195,8 @@ def memory_figure(trace: Trace) -> Figure:
 @styled
 def entropy_figure(trace: Trace) -> Figure:
     """Entropy of the text and first-codebook predictions against position."""
-    figure = Figure(figsize=(10, 5.2))
-    panels = figure.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(10, 5.6))
+    panels = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
     for axes, color, name, entropy in zip(
         panels,
         COLORS[:2],
@@ -209,7 +209,7 @@ def entropy_figure(trace: Trace) -> Figure:
         band(axes, entropy, color)
         axes.set_ylabel(name)
         top = axes is panels[0]
-        fit_height(axes, np.append(curve, 0.0), room=0.6 if top else 0.15)
+        fit_height(axes, np.append(curve, 0.0), room=0.8 if top else 0.15)
         mark(axes, trace.critical_steps(), trace.steps, labels=top)
         position_axis(axes, trace.clock, trace.steps, above=top, below=not top)
     title(panels[0], "Entropy of the predictions", trace)
@@ -224,8 +224,8 @@ def nll_figure(curves: Mapping[str, Nll], traces: Sequence[Trace]) -> Figure:
         curves: label to content of `nll.json`.
         traces: the runs they belong to, in the same order, for clock and structural positions.
     """
-    figure = Figure(figsize=(10, 6.6))
-    panels = figure.subplots(3, 1, sharex=True)
+    figure = Figure(figsize=(10, 7))
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(1.7, 1, 1))
     steps = max(max(nll["start_step"], default=0) + nll["window_steps"] for nll in curves.values())
     colors = run_colors(len(curves))
     for axes, key in zip(panels, ("text", "first_codebook", "other_codebooks"), strict=True):
@@ -236,8 +236,8 @@ def nll_figure(curves: Mapping[str, Nll], traces: Sequence[Trace]) -> Figure:
             axes.plot(centre, losses[-1], "o-", markersize=3, color=color, label=label)
         axes.set_ylabel(f"{key.replace('_', ' ')}\n(nats a token)")
         top = axes is panels[0]
-        fit_height(axes, np.concatenate(losses), room=0.9 if top else 0.1)
-        mark_all(axes, traces, colors, steps, labels=top, without=("prompt end",))
+        fit_height(axes, np.concatenate(losses), room=0.9 if top else 0.15)
+        mark_runs(axes, traces, colors, steps, labels=top, without=("prompt end",))
         position_axis(axes, traces[0].clock, steps, above=top, below=axes is panels[-1])
     panels[0].set_title("Teacher-forced loss on held-out recordings")
     if len(curves) > 1:
@@ -296,7 +296,7 @@ def norm_overlay_figure(traces: Mapping[str, Trace]) -> Figure:
         layer = round(share * (shallowest - 1))
         curves = {label: trace.input_norm[:, layer] for label, trace in traces.items()}
         first, top = axes is panels[0, 0], axes in panels[0]
-        _overlay(axes, curves, traces, room=0.5 if first else 0.08, above=top, below=not top)
+        _overlay(axes, curves, traces, room=0.7 if first else 0.08, above=top, below=not top)
         axes.set_ylabel(f"input norm, layer {layer}")
     panels[0, 0].set_title("Input norm, compared")
     legend_below(figure, panels[0, 0])
@@ -306,8 +306,8 @@ def norm_overlay_figure(traces: Mapping[str, Trace]) -> Figure:
 @styled
 def signal_overlay_figure(traces: Mapping[str, Trace]) -> Figure:
     """Branch ratio (mean of the hybrid layers) and entropies, one curve a run."""
-    figure = Figure(figsize=(10, 6.6))
-    panels = figure.subplots(3, 1, sharex=True)
+    figure = Figure(figsize=(10, 7))
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(1.7, 1, 1))
     rows: tuple[tuple[str, Callable[[Trace], np.ndarray]], ...] = (
         ("branch ratio", _branch_ratio),
         ("text entropy\n(nats)", lambda trace: trace.text_entropy),
@@ -317,7 +317,7 @@ def signal_overlay_figure(traces: Mapping[str, Trace]) -> Figure:
         curves = {label: pick(trace) for label, trace in traces.items()}
         first = axes is panels[0]
         _overlay(
-            axes, curves, traces, room=1.0 if first else 0.1, above=first, below=axes is panels[-1]
+            axes, curves, traces, room=0.9 if first else 0.1, above=first, below=axes is panels[-1]
         )
         axes.set_ylabel(name)
     panels[0].set_title("Memory and entropies, compared")
@@ -348,5 +348,5 @@ def _overlay(
         axes.plot(line, color=color, label=label)
     fit_height(axes, np.concatenate([line[SETTLE_STEPS:] for line in lines.values()]), room=room)
     end = max(map(len, lines.values()))
-    mark_all(axes, list(traces.values()), colors, end, labels=room >= 0.5)
+    mark_runs(axes, list(traces.values()), colors, end, labels=room >= 0.5)
     position_axis(axes, next(iter(traces.values())).clock, end, above=above, below=below)

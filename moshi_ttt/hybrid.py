@@ -124,8 +124,7 @@ class MemoryBranch(StreamingModule[_BranchState]):
         gate = self.gate.to(self.rule.dtype)
         if self.bounded:
             gate = gate.tanh()
-            residual_rms = residual.square().mean(-1, keepdim=True).sqrt()
-            z = z * torch.rsqrt(1 + z.square().mean(-1, keepdim=True)) * residual_rms
+            z = z * torch.rsqrt(1 + z.square().mean(-1, keepdim=True)) * _rms(residual)
         branch = gate * z
         # under grad also without an observer: activation checkpointing runs the forward again
         # in backward, when the observer is gone, and needs the same graph
@@ -135,11 +134,16 @@ class MemoryBranch(StreamingModule[_BranchState]):
                 raw_norm=norm(z, dim=-1),
                 norm=norm(branch, dim=-1),
                 residual_norm=norm(residual, dim=-1),
-                gate_rms=gate.square().mean().sqrt(),
+                gate_rms=_rms(gate)[0],
             )
             if self.observer is not None:
                 self.observer(stats)
         return branch
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Root mean square over channels, [..., 1]; unlike sqrt, its gradient at 0 is 0, not NaN."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
 
 
 class HybridLayer(StreamingContainer):

@@ -73,7 +73,7 @@ class Jump:
 
     def describe(self, clock: Clock) -> str:
         """One sentence, e.g. for a log: position, size, layers and what lies nearest."""
-        depth = _spans(self.layers)
+        depth = spans(self.layers)
         place = ""
         if self.nearest is not None and self.distance_steps is not None:
             side = "after" if self.distance_steps >= 0 else "before"
@@ -228,15 +228,28 @@ def _merged(rises: Sequence[_LayerRise], window: int, critical: dict[str, int]) 
     return sorted(jumps, key=lambda jump: jump.step)
 
 
-def _spans(layers: Sequence[int]) -> str:
+def spans(layers: Sequence[int]) -> str:
     """`0-3, 7` for (0, 1, 2, 3, 7)."""
-    spans: list[list[int]] = []
+    runs: list[list[int]] = []
     for layer in layers:
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
         else:
-            spans.append([layer, layer])
-    return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in spans)
+            runs.append([layer, layer])
+    return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in runs)
+
+
+def ratios_at(trace: Trace, step: int, *, window_steps: int = 50) -> np.ndarray:
+    """Norm after `step` over norm before it for every layer, [L]; medians over streams.
+
+    NaN where the run does not hold a whole window on both sides.
+    """
+    start, stop = step - window_steps, step + window_steps
+    if start < SETTLE_STEPS or stop > trace.steps:
+        return np.full(trace.input_norm.shape[1], math.nan)
+    before = np.median(trace.input_norm[..., start:step], axis=-1)
+    after = np.median(trace.input_norm[..., step:stop], axis=-1)
+    return np.array([_median(ratios) for ratios in (after / before).T])
 
 
 def position_summary(
@@ -253,14 +266,6 @@ def position_summary(
             return nan
         return _median(np.median(series[:, start : start + window_steps], axis=-1))
 
-    def ratio_at(series: np.ndarray, step: int) -> float:
-        """Median over streams of norm after over norm before; series [S, T]."""
-        start, stop = step - window_steps, step + window_steps
-        if start < SETTLE_STEPS or stop > series.shape[-1]:
-            return nan
-        before, after = series[:, start:step], series[:, step:stop]
-        return _median(np.median(after, axis=-1) / np.median(before, axis=-1))
-
     end = trace.steps - window_steps
     for layer in range(trace.input_norm.shape[1]):
         norm = trace.input_norm[:, layer]
@@ -268,10 +273,10 @@ def position_summary(
         scalars[f"{tag}/start"] = level(norm, first)
         scalars[f"{tag}/end"] = level(norm, end)
         scalars[f"{tag}/growth"] = scalars[f"{tag}/end"] / scalars[f"{tag}/start"]
-        for name, turns in (("C", 1), ("2C", 2)):
-            scalars[f"longgen/ratio_at_{name}/layer_{layer:02d}"] = ratio_at(
-                norm, turns * trace.context_steps
-            )
+    for name, turns in (("C", 1), ("2C", 2)):
+        ratios = ratios_at(trace, turns * trace.context_steps, window_steps=window_steps)
+        for layer, ratio in enumerate(ratios):
+            scalars[f"longgen/ratio_at_{name}/layer_{layer:02d}"] = float(ratio)
 
     scalars["longgen/jump/count"] = float(len(jumps))
     largest = max(jumps, key=lambda jump: jump.ratio, default=None)

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import BranchStats
 
+WALL_START = 0.75  # part of the target ratio that is free of charge
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -23,9 +25,11 @@ class LossConfig:
     first_codebook_weight: float = 100.0
     """Weight of the first (semantic) codebook in the audio cross-entropy; the others weigh 1."""
     magnitude_reg: float = 1.0
-    """Weight of the magnitude regulariser; 0 switches it off (the ratio is logged all the same)."""
+    """Weight of the magnitude regulariser, nats at the target; 0 switches it off (the branch
+    ratio is logged all the same)."""
     magnitude_target: float = 0.1
-    """Branch ratio above which the regulariser acts: branch norm over residual norm."""
+    """Branch ratio (branch norm over residual norm) to stay under; the regulariser rises from
+    three quarters of it on."""
 
     def __post_init__(self) -> None:
         for name in ("text_padding_weight", "first_codebook_weight", "magnitude_reg"):
@@ -90,14 +94,16 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def magnitude_penalty(stats: Mapping[int, list[BranchStats]], target: float) -> Tensor:
-    """Mean squared excess of the branch ratio over its target, over layers and positions.
+    """A soft wall in front of the target ratio, mean over layers and positions.
 
-    Zero, with zero gradient, as long as every position stays under the target: the regulariser
-    does not push a quiet memory further down.
+    `relu((ratio - s target) / (target - s target))^2` with s = 0.75: nothing up to s x target, 1
+    at the target, quadratic between and beyond. A penalty that began at the target would settle
+    above it, wherever its slope meets that of the likelihood. A quiet memory is not pushed down.
 
     Args:
         stats: of every hybrid layer, from `observe_branches`.
-        target: ratio that is free of charge.
+        target: branch ratio to stay under.
     """
     ratios = torch.stack([one.ratio for seen in stats.values() for one in seen])
-    return F.relu(ratios - target).square().mean()
+    free = WALL_START * target
+    return F.relu((ratios - free) / (target - free)).square().mean()

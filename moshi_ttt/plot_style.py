@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from scipy.ndimage import median_filter
@@ -115,12 +115,14 @@ def position_axis(
         def both(seconds: float, _: object) -> str:
             return f"{seconds:g} s\n{clock.legacy_tokens(seconds / clock.step_sec)}"
 
-        time = axes.secondary_xaxis(
-            "top",
-            functions=(lambda x: x * clock.step_sec, lambda sec: sec / clock.step_sec),  # type: ignore[operator]
-        )
+        time = axes.secondary_xaxis("top", functions=_scale(clock.step_sec))
         time.xaxis.set_major_formatter(FuncFormatter(both))
         time.set_xlabel("seconds, and legacy tokens below them", fontsize=8.5)
+
+
+def _scale(factor: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Conversion of an axis, and its inverse."""
+    return (lambda value: value * factor, lambda scaled: scaled / factor)
 
 
 def mark(
@@ -129,54 +131,71 @@ def mark(
     end: float,
     *,
     labels: bool = True,
-    color: Any = MARK_COLOR,
+    color: str = MARK_COLOR,
     paper: str = "white",
 ) -> None:
-    """Dashed lines at structural positions before `end`; names at one position share a label."""
-    names: dict[float, list[str]] = {}
-    for name, step in positions.items():
-        if 0 < step < end:
-            names.setdefault(step, []).append(name)
-    previous = 0.0  # the left edge crowds like a line
-    for step in sorted(names):
-        axes.axvline(step, color=color, linestyle=(0, (4, 3)), linewidth=1)
-        if labels:
-            # a label that would touch its left neighbour goes to the other side of its line
-            crowded = step - previous < 0.03 * end * len(names[step])
-            axes.annotate(
-                "\n".join(names[step]),
-                (step, 1.0),
-                xycoords=("data", "axes fraction"),
-                xytext=(3 if crowded else -3, -4),
-                textcoords="offset points",
-                rotation=90,
-                ha="left" if crowded else "right",
-                va="top",
-                fontsize=8,
-                color=color,
-                bbox={"facecolor": paper, "alpha": 0.8, "edgecolor": "none", "pad": 0.8},
-            )
-        previous = step
+    """Dashed lines at structural positions before `end`; close neighbours share a label."""
+    marks = [(at, name, color) for name, at in positions.items()]
+    _draw_marks(axes, marks, end, labels=labels, paper=paper)
 
 
-def mark_all(
+def mark_runs(
     axes: Axes,
     traces: Sequence[Trace],
-    colors: Sequence[Any],
-    end: int,
+    colors: Sequence[str],
+    end: float,
     *,
     labels: bool,
     without: Collection[str] = (),
 ) -> None:
     """Structural positions of several runs: grey where all share them, else in the run's colour."""
-    own = [
-        {(name, step) for name, step in trace.critical_steps().items() if name not in without}
-        for trace in traces
-    ]
-    shared = set.intersection(*own)
-    mark(axes, dict(sorted(shared, key=lambda item: item[1])), end, labels=labels)
+    own = [trace.critical_steps() for trace in traces]
+    marks: dict[tuple[int, str], str] = {}
     for positions, color in zip(own, colors, strict=True):
-        mark(axes, dict(positions - shared), end, labels=labels, color=color)
+        for name, at in positions.items():
+            shared = all(other.get(name) == at for other in own)
+            if name not in without:
+                marks.setdefault((at, name), MARK_COLOR if shared else color)
+    _draw_marks(axes, [(*place, color) for place, color in marks.items()], end, labels=labels)
+
+
+def _draw_marks(
+    axes: Axes,
+    marks: Sequence[tuple[float, str, str]],
+    end: float,
+    *,
+    labels: bool,
+    paper: str = "white",
+) -> None:
+    """Lines of (position, name, colour), and labels for groups that are too close for their own."""
+    grid = axes.get_subplotspec()
+    slot = 0.021 * end * (grid.get_gridspec().ncols if grid else 1)  # width of a line of a label
+    groups: list[list[tuple[float, str, str]]] = []
+    for one in sorted((one for one in marks if 0 < one[0] < end), key=lambda one: one[0]):
+        axes.axvline(one[0], color=one[2], linestyle=(0, (4, 3)), linewidth=1)
+        if groups and one[0] - groups[-1][-1][0] < slot:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    taken = 0.0
+    for group in groups if labels else ():
+        names = list(dict.fromkeys(name for _, name, _ in group))
+        colors = {color for _, _, color in group if color != MARK_COLOR}
+        right = group[0][0] - taken < slot * len(names)
+        taken = group[-1][0] + (slot * len(names) if right else 0.0)
+        axes.annotate(
+            "\n".join(names),
+            (group[-1 if right else 0][0], 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3 if right else -3, -4),
+            textcoords="offset points",
+            rotation=90,
+            ha="left" if right else "right",
+            va="top",
+            fontsize=7.5,
+            color=colors.pop() if len(colors) == 1 else group[0][2],
+            bbox={"facecolor": paper, "alpha": 0.8, "edgecolor": "none", "pad": 0.8},
+        )
 
 
 def mark_jumps(axes: Axes, jumps: Sequence[Jump], clock: Clock) -> None:
@@ -198,26 +217,27 @@ def mark_jumps(axes: Axes, jumps: Sequence[Jump], clock: Clock) -> None:
         )
 
 
-def layer_colors(layers: Collection[int]) -> dict[int, Any]:
+def layer_colors(layers: Collection[int]) -> dict[int, str]:
     """Dark to light with depth."""
-    shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, max(1, len(layers))))
-    return dict(zip(layers, shades, strict=True))
+    return dict(zip(layers, _shades("viridis", len(layers)), strict=True))
 
 
 def depth_bar(figure: Figure, axes: Axes, layers: int) -> None:
     """Colour scale of `layer_colors`, where a legend would be too long."""
-    shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, 256))
-    scale = ScalarMappable(
-        Normalize(0, layers - 1), mpl.colors.LinearSegmentedColormap.from_list("depth", shades)
-    )
+    scale = ScalarMappable(Normalize(0, layers - 1), ListedColormap(_shades("viridis", 256)))
     figure.colorbar(scale, ax=axes, pad=0.01, label="layer")
 
 
-def run_colors(count: int) -> Sequence[Any]:
+def run_colors(count: int) -> Sequence[str]:
     """Distinct colours for a few runs; for more, one scale from the first to the last."""
     if count <= 4:
         return COLORS[:count]
-    return list(mpl.colormaps["plasma"](np.linspace(0.0, 0.88, count)))
+    return _shades("plasma", count)
+
+
+def _shades(name: str, count: int) -> list[str]:
+    """Evenly spaced colours of a map, without its palest end."""
+    return [to_hex(color) for color in mpl.colormaps[name](np.linspace(0.0, 0.88, count))]
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:

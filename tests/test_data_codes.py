@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,17 +23,22 @@ def codec() -> MimiModel:
     torch.manual_seed(0)
     small = {"d_model": 16, "num_heads": 2, "num_layers": 2, "dim_feedforward": 32, "context": 10}
     ends = {"input_dimension": 16, "output_dimensions": [16], "layer_scale": 1.0}
-    quantizer = {"dimension": 8, "n_q": 4, "bins": 64, "input_dimension": 16}
-    config = {
+    levels = {"dimension": 8, "n_q": 4, "bins": 64, "input_dimension": 16, "output_dimension": 16}
+    config: dict[str, Any] = {
         **loaders._mimi_config,
         "seanet": {**loaders._seanet_kwargs, "dimension": 16, "n_filters": 2},
         "transformer": {**loaders._transformer_kwargs, **small, **ends},
-        "quantizer": {**quantizer, "output_dimension": 16},
+        "quantizer": levels,
     }
     codec = loaders.get_mimi(None, config, num_codebooks=4).eval().double()
-    for layer in [codec.quantizer.rvq_first.vq, codec.quantizer.rvq_rest.vq]:
-        for codebook in layer.layers:  # untrained codebooks are all zeros
-            torch.nn.init.normal_(codebook._codebook.embedding_sum, std=0.1)
+    # untrained codebooks are all zeros: take latents, then small residuals, as codewords
+    with torch.no_grad():
+        latent = codec.encode_to_latent(torch.randn(1, 1, 1920 * 64).double(), quantize=False)
+        for quantizer in (codec.quantizer.rvq_first, codec.quantizer.rvq_rest):
+            first, *rest = [layer._codebook for layer in quantizer.vq.layers]
+            first.embedding_sum.copy_(quantizer.input_proj(latent)[0].T)
+            for codebook in rest:
+                codebook.embedding_sum.normal_(std=0.01)
     return codec
 
 
@@ -174,7 +180,7 @@ def test_encoding_leaves_the_random_state_alone(tmp_path: Path) -> None:
 def test_unreadable_recordings_are_named_together_and_the_rest_is_kept(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.jsonl", {"a.wav": 1.0, "b.wav": 1.0, "c.wav": 1.0})
     for name in ("a.wav", "c.wav"):
-        (tmp_path / name).write_bytes(b"spoilt")
+        (tmp_path / name).write_text(f"{name} is spoilt")
     entries, _ = read_manifest(manifest)
     with pytest.raises(UserError, match=r"(?s)2 problem.*line 1: .*a\.wav.*line 3: .*c\.wav"):
         RecordingReader(FakeSource(), tmp_path / "cache").audio_codes(entries)

@@ -271,6 +271,21 @@ def test_observed_norms_are_those_of_what_is_added() -> None:
     assert torch.equal(seen[0].ratio.isnan(), expected)
 
 
+def test_a_silent_residual_gives_a_silent_branch_and_finite_gradients() -> None:
+    torch.manual_seed(0)
+    branch = MemoryBranch(32, MemoryConfig())
+    torch.nn.init.normal_(branch.gate)
+    seen: list[BranchStats] = []
+    branch.observer = seen.append
+    x, residual = torch.zeros(2, 1, 7, 32, requires_grad=True).unbind()
+    added = branch(x, residual)
+    assert added.abs().max() == 0
+    objective = added.sum() + seen[0].norm.sum() + seen[0].gate_rms
+    inputs = [x, residual, *branch.parameters()]
+    for gradient in torch.autograd.grad(objective, inputs, materialize_grads=True):
+        assert gradient.isfinite().all()
+
+
 def test_observers_leave_with_their_scope(make_lm: MakeLM) -> None:
     lm = with_memory(make_lm())
     with observe_branches(lm) as stats:

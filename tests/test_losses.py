@@ -77,13 +77,13 @@ def stats(ratio: list[float]) -> BranchStats:
     return BranchStats(norm, norm, torch.ones(1, len(ratio)), torch.tensor(1.0))
 
 
-def test_magnitude_penalty_is_the_mean_squared_excess() -> None:
-    quiet, loud = stats([0.0, 0.2]), stats([0.2, 0.6])
+def test_magnitude_penalty_is_free_at_first_one_at_the_target_and_quadratic() -> None:
+    quiet, loud = stats([0.0, 0.15]), stats([0.2, 0.25])
     penalty = magnitude_penalty({1: [quiet], 3: [loud]}, target=0.2)
-    assert penalty.item() == pytest.approx((0.4**2) / 4)
+    assert penalty.item() == pytest.approx((0 + 0 + 1 + 4) / 4, rel=1e-5)
     penalty.backward()
     assert (quiet.norm.grad == 0).all()
-    torch.testing.assert_close(loud.norm.grad, torch.tensor([[0.0, 2 * 0.4 / 4]]))
+    torch.testing.assert_close(loud.norm.grad, torch.tensor([[2 / 0.05 / 4, 4 / 0.05 / 4]]))
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.long_generation import LongGeneration
 from moshi_ttt.errors import UserError
-from train.checkpoints import CheckpointWithWeights
+from train.checkpoints import Checkpoint, CheckpointWithWeights
 from train.data import ConversationData
 from train.module import MoshiTTT
 
@@ -40,7 +40,7 @@ class FitCLI(LightningCLI):
             help="Resume: `last` (newest run in run_dir that has a checkpoint) or a .ckpt file.",
         )
         parser.add_lightning_class_args(LongGeneration, "long_generation")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
@@ -50,6 +50,10 @@ class FitCLI(LightningCLI):
             }
         )
         parser.link_arguments("model.source", "data.source")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with `--config NAME` found in `configs/`."""
+        self.config = parser.parse_args(resolve_configs(sys.argv[1:] if args is None else args))
 
     def before_instantiate_classes(self) -> None:
         """Decide the run folder: a new one, or that of the checkpoint to go on with."""
@@ -66,7 +70,7 @@ class FitCLI(LightningCLI):
         self.config_init.checkpoint.dirpath = self.config.checkpoint.dirpath
         return super().instantiate_trainer(
             logger=TensorBoardLogger(self.run_folder, name="", version="", default_hp_metric=False),
-            plugins=[CheckpointWithWeights(self.model, self.datamodule.clip_steps)],
+            plugins=[CheckpointWithWeights(self.model, self.datamodule)],
             # the data module's own sampler is distributed, and resumes within an epoch
             use_distributed_sampler=False,
             **kwargs,
@@ -123,7 +127,7 @@ def main(args: list[str] | None = None) -> Path:
     cli = FitCLI(
         MoshiTTT,
         ConversationData,
-        args=resolve_configs(sys.argv[1:] if args is None else args),
+        args=args,
         run=False,
         trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
         save_config_kwargs={"overwrite": True},

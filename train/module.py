@@ -38,7 +38,7 @@ class OptimConfig:
     lr_rest: float = 1e-4
     """Peak learning rate of everything else that trains: LoRA, or the base weights."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of the matrices; vectors and gates have none."""
+    """Decoupled weight decay of the projection matrices; nothing else decays."""
     beta1: float = 0.9
     """AdamW's decay of the gradient mean."""
     beta2: float = 0.95
@@ -124,6 +124,8 @@ class MoshiTTT(LightningModule):
             return
         self.source = open_source(self.config.source)
         self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
+        # moshi loads in eval mode and Lightning keeps the mode it finds; dropout needs this
+        self.lm.train()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.val_nll = PositionNLL(data.clip_steps, windows=1)
         self.val_loss = MeanMetric()
@@ -207,11 +209,11 @@ class MoshiTTT(LightningModule):
         rates = {"memory": config.lr_memory, "gates": config.lr_gates, "rest": config.lr_rest}
         groups = []
         for name, parameters in trainable_groups(self.lm).items():
-            matrices = [p for p in parameters.values() if p.ndim >= 2]
-            vectors = [p for p in parameters.values() if p.ndim < 2]
+            matrices = [p for p in parameters.values() if p.ndim == 2]
+            others = [p for p in parameters.values() if p.ndim != 2]
             for kind, members, decay in (
                 ("matrices", matrices, config.weight_decay),
-                ("vectors", vectors, 0.0),
+                ("others", others, 0.0),
             ):
                 if members:
                     groups.append(

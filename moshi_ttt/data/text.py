@@ -80,5 +80,5 @@ def text_stream(
 
 
 def _step_of(word: Word, clock: Clock) -> int:
-    """The step in which a word starts, on whole samples: 12.5 * 0.56 is above 7 as a float."""
+    """The step in which a word starts, on whole samples: as a float 2.32 s * 12.5 is below 29."""
     return round(word.start_sec * clock.sample_rate) // clock.samples_per_step

@@ -83,12 +83,15 @@ class WindowLoader:
         self._trained_batches = trained_batches
         self._epoch = 0
         self._given_batches = 0  # of this epoch
-        self._trained_before: int | None = None  # the batch given last
+        self._trained_before: int | None = None  # the last batch was given
 
     @property
     def windows(self) -> int:
         """Windows an epoch for this process."""
-        return len(self._share(0))
+        count = len(self._windows)
+        if self._seed is None:
+            return len(range(self._rank, count, self._world_size))
+        return count // self._world_size
 
     def __len__(self) -> int:
         """Batches an epoch for this process."""
@@ -98,20 +101,23 @@ class WindowLoader:
         """Batches of `codes` [B, 17, T] int64, `start_step` [B] int64 and `recording` (names)."""
         if self._seed is None:
             self._epoch = self._given_batches = 0
+        share = self._share(self._epoch)
         for _ in range(len(self)):
             if self._given_batches == len(self):
                 self._epoch, self._given_batches = self._epoch + 1, 0
+                share = self._share(self._epoch)
             first = self._given_batches * self._batch_size
-            rows = self._share(self._epoch)[first : first + self._batch_size]
+            rows = share[first : first + self._batch_size]
             self._given_batches += 1
-            self._trained_before = self._trained_batches and self._trained_batches()
+            if self._trained_batches is not None:
+                self._trained_before = self._trained_batches()
             yield self._collate([self._windows[row] for row in rows])
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data, the same on every process."""
         epoch, done = self._epoch, self._given_batches
-        if self._trained_batches and self._trained_batches() == self._trained_before:
-            done -= 1
+        if self._trained_batches is not None and self._trained_batches() == self._trained_before:
+            done -= 1  # the last one is in hand
         if done == len(self):
             epoch, done = epoch + 1, 0
         return {"epoch": epoch, "done_batches": done, "plan": self._plan()}

@@ -1,0 +1,316 @@
+"""`report.html` of a run, and the comparison of several: one file each, for any browser.
+
+Everything is inside the page: figures as PNG, audio as Ogg Vorbis, no script, no network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moshi_ttt import html
+from moshi_ttt.clock import Clock
+from moshi_ttt.evaluation import Evaluation, find_evaluations, unique_labels
+from moshi_ttt.figures import comparison_figures, evaluation_figures, png
+from moshi_ttt.jumps import ratios_at, spans
+from moshi_ttt.plot_style import MAX_CURVES
+from moshi_ttt.report_text import CAPTIONS, COMPARISON_CAPTIONS, GLOSSARY, WHY, findings
+from moshi_ttt.trace import Trace, write_atomic
+
+PLAYED_CLIPS = 2
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` about every finished evaluation of a run.
+
+    Args:
+        run_folder: holds `longgen/*/`, and `config.yaml` if it was a training run; one evaluation
+            folder by itself is accepted too.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: no finished evaluation, or one that cannot be read.
+    """
+    evaluations = find_evaluations(run_folder)
+    labels = unique_labels(evaluations, [one.folder.name for one in evaluations])
+    latest = evaluations[-1]
+    shown = _evenly(list(zip(labels, evaluations, strict=True)))
+    traces = {label: evaluation.trace() for label, evaluation in shown}
+    trace = traces[labels[-1]]
+    body = [
+        "<h2>What happened</h2>",
+        html.paragraph(f"The latest evaluation, {labels[-1]}, in plain words:"),
+        html.bullets(findings(trace, latest.jumps)),
+        _positions_table(trace),
+        "<h2>What was run</h2>",
+        _facts_table(latest, trace),
+        *_config(run_folder),
+        "<h2>All evaluations of this run</h2>",
+        _evaluations_table(labels, evaluations),
+        f"<h2>The latest evaluation: {html.escape(labels[-1])}</h2>",
+        *_evaluation_figures(latest, trace),
+    ]
+    if len(evaluations) > 1:
+        body += ["<h2>Across the evaluations</h2>", *_comparison(traces, dict(shown))]
+    body += [
+        *_audio(dict.fromkeys([(labels[-1], latest), (labels[0], evaluations[0])])),
+        "<h2>Attention rings at the end</h2>",
+        _rings_table(latest.summary["rings"], trace.clock),
+        "<h2>Events</h2>",
+        _events_table(latest.events),
+        *_glossary(),
+    ]
+    title = f"Long generation: {_name(run_folder)}"
+    return _write(run_folder / "report.html", title, trace, body)
+
+
+def compare_report(folders: Sequence[Path], out: Path) -> Path:
+    """Write one page that lays several runs over each other.
+
+    Args:
+        folders: runs, of which the latest evaluation is taken, or evaluation folders.
+        out: file to write.
+
+    Raises:
+        UserError: a folder without a finished evaluation.
+    """
+    evaluations = [find_evaluations(folder)[-1] for folder in folders]
+    names = [_name(folder) for folder in folders]
+    labels = [
+        f"{name}, {one.label}" if name not in one.label else one.label
+        for name, one in zip(names, evaluations, strict=True)
+    ]
+    if len(set(labels)) < len(labels):  # the same run twice, or runs of one name
+        labels = [f"{label} [{number}]" for number, label in enumerate(labels, 1)]
+    traces = {label: one.trace() for label, one in zip(labels, evaluations, strict=True)}
+    by_label = dict(zip(labels, evaluations, strict=True))
+    body = ["<h2>What happened</h2>"]
+    for label, trace in traces.items():
+        body += [
+            f"<h3>{html.escape(label)}</h3>",
+            html.bullets(findings(trace, by_label[label].jumps)),
+        ]
+    body += ["<h2>Side by side</h2>", _evaluations_table(labels, evaluations)]
+    body += ["<h2>Overlays</h2>", *_comparison(traces, by_label), *_audio(by_label.items())]
+    body += _glossary()
+    return _write(out, "Comparison of long generations", traces[labels[0]], body)
+
+
+def _write(path: Path, title: str, trace: Trace, body: Iterable[str]) -> Path:
+    clock = trace.clock
+    lead = (
+        f"One step is {1000 * clock.step_sec:g} ms; "
+        f"100 steps are {clock.seconds(100):g} s or {clock.legacy_tokens(100)} legacy tokens."
+    )
+    text = html.page(title, lead, body)
+    write_atomic(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def _name(folder: Path) -> str:
+    """`long60s/000` for a numbered run, the folder's own name otherwise."""
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.name.isdigit() else folder.name
+
+
+def _evenly(items: Sequence[Any]) -> list[Any]:
+    """At most `MAX_CURVES` items, evenly spaced, with the first and the last."""
+    chosen = np.linspace(0, len(items) - 1, min(MAX_CURVES, len(items))).round().astype(int)
+    return [items[index] for index in chosen]
+
+
+def _positions_table(trace: Trace) -> str:
+    rows = []
+    for name, step in sorted(trace.critical_steps().items(), key=lambda item: item[1]):
+        ratios = ratios_at(trace, step)
+        middle = float(np.nanmedian(ratios)) if np.isfinite(ratios).any() else None
+        rows.append((name, *_clocks(step, trace.clock), middle, WHY[name]))
+    header = ("position", "step", "seconds", "legacy token", "norm after / before", "what it is")
+    return html.table(header, rows)
+
+
+def _clocks(step: int, clock: Clock) -> tuple[int, str, int]:
+    return step, f"{clock.seconds(step):.2f}", clock.legacy_tokens(step)
+
+
+def _facts_table(evaluation: Evaluation, trace: Trace) -> str:
+    clock = trace.clock
+    hybrid = spans(trace.hybrid_layers) if trace.hybrid_layers else "none (vanilla Moshi)"
+    trained = "unknown" if trace.trained_steps is None else clock.describe(trace.trained_steps)
+    return html.table(
+        ("", ""),
+        (
+            ("model", trace.source),
+            ("layers with a memory", f"{hybrid} of 0-{trace.input_norm.shape[1] - 1}"),
+            ("generated", clock.describe(trace.steps)),
+            ("forced from a recording", f"up to {clock.describe(trace.prompt_steps)}"),
+            ("context C", clock.describe(trace.context_steps)),
+            ("trained on clips of", trained),
+            ("streams", "; ".join(trace.streams)),
+            ("wall time", f"{evaluation.summary['wall_sec']:.1f} s"),
+            ("speed", f"{evaluation.summary['steps_per_sec']:.1f} steps a second"),
+            ("folder", f"{evaluation.folder.parent.name}/{evaluation.folder.name}"),
+        ),
+    )
+
+
+def _config(run_folder: Path) -> list[str]:
+    path = run_folder / "config.yaml"
+    return [html.details("Configuration (config.yaml)", path.read_text())] if path.exists() else []
+
+
+def _evaluations_table(labels: Sequence[str], evaluations: Sequence[Evaluation]) -> str:
+    header = (
+        "evaluation",
+        "steps",
+        "jumps",
+        "largest: step",
+        "seconds",
+        "legacy token",
+        "ratio",
+        "ratio at C",
+        "ratio at 2C",
+        "norm, end / start",
+        "branch ratio",
+        "text entropy, end",
+        "audio entropy, end",
+        "NLL text",
+        "NLL first codebook",
+        "steps / s",
+    )
+    rows = []
+    for label, evaluation in zip(labels, evaluations, strict=True):
+        scalars = evaluation.scalars
+
+        def middle(pattern: str, scalars: dict[str, float] = scalars) -> float | None:
+            values = [value for tag, value in scalars.items() if re.fullmatch(pattern, tag)]
+            return float(np.median(values)) if values else None
+
+        step = scalars.get("longgen/jump/step")
+        token = scalars.get("longgen/jump/legacy_token")
+        rows.append(
+            (
+                label,
+                evaluation.summary["steps"],
+                len(evaluation.jumps),
+                None if step is None else int(step),
+                scalars.get("longgen/jump/seconds"),
+                None if token is None else int(token),
+                scalars.get("longgen/jump/ratio"),
+                middle(r"longgen/ratio_at_C/layer_\d+"),
+                middle(r"longgen/ratio_at_2C/layer_\d+"),
+                middle(r"longgen/input_norm/layer_\d+/growth"),
+                middle(r"memory/branch_ratio/layer_\d+"),
+                scalars.get("longgen/entropy/text/end"),
+                scalars.get("longgen/entropy/audio/end"),
+                scalars.get("longgen/nll/text/mean"),
+                scalars.get("longgen/nll/first_codebook/mean"),
+                evaluation.summary["steps_per_sec"],
+            )
+        )
+    note = "Values of several layers are medians over the layers; entropies and losses in nats."
+    return html.table(header, rows) + html.paragraph(note, kind="note")
+
+
+def _evaluation_figures(evaluation: Evaluation, trace: Trace) -> list[str]:
+    audio = next(iter(evaluation.audio), None)
+    figures = evaluation_figures(trace, evaluation.jumps, evaluation.nll, audio)
+    return [
+        html.figure(png(figure), CAPTIONS[name], f"{trace.label}: {name}")
+        for name, figure in figures.items()
+    ]
+
+
+def _comparison(traces: Mapping[str, Trace], by_label: Mapping[str, Evaluation]) -> list[str]:
+    figures = comparison_figures(traces, {label: by_label[label].nll for label in traces})
+    return [
+        html.figure(png(figure), COMPARISON_CAPTIONS[name], f"comparison: {name}")
+        for name, figure in figures.items()
+    ]
+
+
+def _audio(evaluations: Iterable[tuple[str, Evaluation]]) -> list[str]:
+    players = [
+        html.player(path, f"{label}: {path.stem}")
+        for label, evaluation in evaluations
+        for path in evaluation.audio[:PLAYED_CLIPS]
+    ]
+    note = "Left: Moshi, right: the user. The start is the prompt, a recording."
+    return ["<h2>Listen</h2>", html.paragraph(note, kind="note"), *players] if players else []
+
+
+def _rings_table(rings: Sequence[Mapping[str, Any]], clock: Clock) -> str:
+    """Rings that moved alike share a row; only temporal rings count in steps."""
+    groups: dict[tuple[str, int, int, int, int], list[str]] = {}
+    for ring in rings:
+        module = str(ring["module"])
+        kind = module.split(".")[0]
+        key = (kind, ring["capacity"], ring["end_offset"], ring["evicted_steps"], ring["wraps"])
+        groups.setdefault(key, []).append(module)
+    rows = [
+        (
+            ", ".join(_folded(modules)),
+            capacity,
+            f"{clock.seconds(capacity):.2f}" if kind == "transformer" else None,
+            end,
+            evicted,
+            wraps,
+        )
+        for (kind, capacity, end, evicted, wraps), modules in groups.items()
+    ]
+    header = ("module", "capacity", "capacity (s)", "end offset", "evicted", "turns")
+    note = (
+        "Rings of the temporal transformer count steps. The depformer's count codebooks within "
+        "one step and start anew at each, so they have no length in seconds."
+    )
+    return html.table(header, rows) + html.paragraph(note, kind="note")
+
+
+def _folded(modules: Sequence[str]) -> list[str]:
+    """`transformer.layers.[0-3].self_attn` for the paths of four layers."""
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for module in modules:
+        parts = re.split(r"\.(\d+)\.", module, maxsplit=1)
+        numbers = layers.setdefault((parts[0], *parts[2:]), [])
+        numbers += [int(number) for number in parts[1:2]]
+    return [
+        f"{key[0]}.[{spans(sorted(numbers))}].{key[1]}" if numbers else key[0]
+        for key, numbers in layers.items()
+    ]
+
+
+def _events_table(events: Sequence[Mapping[str, Any]]) -> str:
+    if not events:
+        return html.paragraph("None were recorded.")
+    rows = []
+    for event in events:
+        detail = []
+        for key, value in event.items():
+            if key in ("event", "step", "seconds", "legacy_token"):
+                continue
+            if key == "modules":
+                value = ", ".join(_folded(value))
+            elif isinstance(value, list):
+                value = ", ".join(
+                    f"{one:.3g}" if isinstance(one, float) else str(one) for one in value
+                )
+            elif isinstance(value, float):
+                value = f"{value:.3g}"
+            detail.append(f"{key.replace('_', ' ')}: {value}")
+        place = (event["step"], f"{event['seconds']:.2f}", event["legacy_token"])
+        rows.append((str(event["event"]).replace("_", " "), *place, "; ".join(detail)))
+    return html.table(("event", "step", "seconds", "legacy token", "detail"), rows)
+
+
+def _glossary() -> list[str]:
+    terms = (
+        f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>"
+        for term, text in GLOSSARY.items()
+    )
+    return ["<h2>Words</h2>", f"<dl>{''.join(terms)}</dl>"]

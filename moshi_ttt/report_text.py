@@ -1,0 +1,123 @@
+"""The words of a report: what a generation shows, captions and the glossary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moshi_ttt.jumps import Jump, ratios_at
+from moshi_ttt.trace import Trace
+
+NEAR_STEPS = 50  # a jump within one window of a position may belong to it
+NOTICEABLE = 0.05  # relative change of a norm that is worth a word
+
+WHY = {
+    "C": "the attention ring is full: from here on each new step overwrites the oldest one",
+    "2C": "the last step that had attended to step 0 directly leaves the ring",
+    "prompt end": "the recording stops and the model goes on by itself",
+    "trained length": "no training clip was longer than this",
+    "legacy token 6000": "60 s, where the research notes saw their jump",
+}
+CAPTIONS = {
+    "input_norm": "L2 norm of what enters each layer (the old notes called it resid). Bands: "
+    "middle half of the streams. Dashed: structural positions. Red: jumps that were found.",
+    "heat_map": "The same norms relative to each layer's own level just after the prompt: red "
+    "is growth, blue is decline. Diamonds: layers that take part in a jump.",
+    "memory": "What the memory adds to the residual stream, relative to the residual; the gate "
+    "that scales it; its norm before the gate; and how often the fast weights were updated.",
+    "entropy": "How undecided the model is about its next text token and its next first-codebook "
+    "token. A fall towards 0 is repetition, a rise is loss of the thread.",
+    "nll": "Loss on real recordings that are fed in, not generated: if it stays flat where the "
+    "norms rise in free generation, the model suffers from its own output, not from the position.",
+    "audio": "Left channel: Moshi. The spectrogram shows the left channel only.",
+}
+COMPARISON_CAPTIONS = {
+    "input_norm": "Input norm of four layers from the first to the last. Dashed: structural "
+    "positions, grey where all runs share them, else in the colour of the run.",
+    "signals": "Branch ratio (mean over hybrid layers, 0 for vanilla Moshi) and entropies.",
+    "nll": CAPTIONS["nll"],
+}
+GLOSSARY = {
+    "step": "One position of Moshi's temporal transformer, one codec frame, 80 ms (12.5 a second). "
+    "One slot of the attention ring holds one step.",
+    "legacy token": "The clock of the notes that this project started from: 8 codebooks x 12.5 Hz "
+    "= 100 a second. Legacy token 6000 is 60 s, which is step 750. It is easy to take for a step: "
+    "step 6000 is 480 s. A ring of 3000 slots therefore lasts 240 s, not 30 s. That is why every "
+    "position in this report is given in all three clocks.",
+    "C, capacity": "Slots of an attention ring, in steps: how far back a layer can look.",
+    "end offset": "Steps written to a ring since it was reset.",
+    "evicted": "Steps that have been overwritten: end offset - capacity, or 0.",
+    "turns": "How often writing has gone back to slot 0.",
+    "jump": "A lasting rise of a layer's input norm at one position: the median of the 50 steps "
+    "after it against the 50 steps before it, in at least three quarters of the streams, clearly "
+    "above the layer's usual variation, and held afterwards.",
+    "score": "Size of a jump in units of the layer's usual variation from window to window.",
+    "branch ratio": "Norm of what the memory adds over the norm of the residual it is added to.",
+    "gate": "What the memory's output is multiplied by before it is added; 0 is plain Moshi.",
+    "inner updates": "Times the memory changed its fast weights while the model ran.",
+    "entropy": "Undecidedness of a prediction in nats; 0 is certain.",
+    "NLL": "Negative log-likelihood of real tokens, in nats a token; lower is better.",
+    "stream": "One generation of the batch: a prompt and a random seed.",
+}
+
+
+def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
+    """What one generation shows, as sentences."""
+    lines = []
+    clock, critical = trace.clock, trace.critical_steps()
+    if not jumps:
+        lines.append(
+            f"No lasting jump of the input norm in {trace.steps} steps "
+            f"({clock.seconds(trace.steps):.0f} s)."
+        )
+    for jump in sorted(jumps, key=lambda one: -one.ratio):
+        line = f"Jump: {jump.describe(clock)}; {jump.agreement:.0%} of the streams rise."
+        if jump.distance_steps is None or abs(jump.distance_steps) > NEAR_STEPS:
+            line += " No structural position is near."
+        elif jump.nearest is not None and " = " in jump.nearest:
+            line += (
+                " These positions coincide in this run, so it cannot tell which one matters; "
+                "change the context or the clip length to part them."
+            )
+        lines.append(line)
+    for name in ("C", "2C"):
+        if name in critical:
+            lines.append(
+                f"At {name}, {clock.describe(critical[name])}: {_change(trace, critical[name])}."
+            )
+        else:
+            step = trace.context_steps * (1 if name == "C" else 2)
+            lines.append(f"{name}, {clock.describe(step)}, lies beyond the end of this run.")
+    if trace.hybrid_layers:
+        free = trace.branch_ratio[..., trace.prompt_steps :]
+        per_layer = np.nanmedian(free, axis=(0, 2))
+        top = int(np.nanargmax(per_layer))
+        lines.append(
+            f"The memory adds {per_layer[top]:.2%} of the residual's norm in layer "
+            f"{trace.hybrid_layers[top]}, where it adds most (median over streams and steps)."
+        )
+    else:
+        lines.append("There is no memory in this model: vanilla Moshi.")
+    broken = ~np.isfinite(trace.input_norm).all(axis=(1, 2))
+    if broken.any():
+        lines.append(
+            f"Norms of {broken.sum()} of {len(broken)} streams are not finite throughout; "
+            "those streams are left out of the search for jumps."
+        )
+    return lines
+
+
+def _change(trace: Trace, step: int) -> str:
+    ratios = ratios_at(trace, step)
+    if not np.isfinite(ratios).any():
+        return "too close to an end of the run to compare before and after"
+    middle = float(np.nanmedian(ratios))
+    most = int(np.nanargmax(np.abs(np.log(ratios))))
+    word = "practically unchanged"
+    if abs(middle - 1) >= NOTICEABLE:
+        word = "higher afterwards" if middle > 1 else "lower afterwards"
+    return (
+        f"input norm x{middle:.2f} over the layers, {word}; "
+        f"most in layer {most}, x{ratios[most]:.2f}"
+    )
