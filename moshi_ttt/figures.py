@@ -11,8 +11,10 @@ import matplotlib as mpl
 import numpy as np
 import soundfile
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.signal import spectrogram
 
@@ -20,7 +22,6 @@ from moshi_ttt.jumps import SETTLE_STEPS, Jump
 from moshi_ttt.plot_style import (
     COLORS,
     JUMP_COLOR,
-    MAX_CURVES,
     STYLE,
     band,
     depth_bar,
@@ -42,15 +43,21 @@ Nll = Mapping[str, Any]
 """Content of `nll.json`: `window_steps`, and the lists `start_step`, `text`, `first_codebook`,
 `other_codebooks` in nats, where None is undefined."""
 
-DPI = 100
 AUDIO_FLOOR_DB = -80.0
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure as an image, [height, width, 3] uint8."""
+    canvas = FigureCanvasAgg(figure)
+    with mpl.rc_context(STYLE):
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=DPI)
+    imsave(buffer, pixels(figure), format="png")
     return buffer.getvalue()
 
 
@@ -72,20 +79,17 @@ def evaluation_figures(
 def comparison_figures(
     traces: Mapping[str, Trace], nlls: Mapping[str, Nll | None]
 ) -> dict[str, Figure]:
-    """Overlays by name; at most `MAX_CURVES` evaluations, evenly spaced, first and last included.
+    """Overlays by name; more than `MAX_CURVES` runs cannot be told apart.
 
     Args:
         traces: label to trace, at least one.
         nlls: the same labels to content of `nll.json`, None where there is none.
     """
-    chosen = np.linspace(0, len(traces) - 1, min(MAX_CURVES, len(traces))).round().astype(int)
-    labels = [list(traces)[index] for index in chosen]
-    shown = {label: traces[label] for label in labels}
     figures = {
-        "input_norm": norm_overlay_figure(shown),
-        "signals": signal_overlay_figure(shown),
+        "input_norm": norm_overlay_figure(traces),
+        "signals": signal_overlay_figure(traces),
     }
-    curves = {label: nll for label in labels if (nll := nlls[label]) is not None}
+    curves = {label: nll for label in traces if (nll := nlls[label]) is not None}
     if curves:
         figures["nll"] = nll_figure(curves, [traces[label] for label in curves])
     return figures

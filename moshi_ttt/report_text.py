@@ -91,8 +91,8 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
             lines.append(f"{name}, {clock.describe(step)}, lies beyond the end of this run.")
     if trace.hybrid_layers:
         free = trace.branch_ratio[..., trace.prompt_steps :]
-        per_layer = np.nanmedian(free, axis=(0, 2))
-        top = int(np.nanargmax(per_layer))
+        per_layer = np.median(free, axis=(0, 2))
+        top = int(np.argmax(per_layer))
         lines.append(
             f"The memory adds {per_layer[top]:.2%} of the residual's norm in layer "
             f"{trace.hybrid_layers[top]}, where it adds most (median over streams and steps)."
@@ -103,7 +103,7 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
     if broken.any():
         lines.append(
             f"Norms of {broken.sum()} of {len(broken)} streams are not finite throughout; "
-            "those streams are left out of the search for jumps."
+            "they are left out of the search for jumps in the layers concerned."
         )
     return lines
 

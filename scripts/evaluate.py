@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from moshi_ttt.report import compare_report, write_report
 
 from moshi_ttt.data import RecordingReader, check_manifest, read_manifest
 from moshi_ttt.errors import UserError
 from moshi_ttt.loading import ASSETS, open_source
 from moshi_ttt.longrun import LongRunConfig, evaluate
 from moshi_ttt.model import load_trained
+from moshi_ttt.report import compare_report, write_report
 
 
 def main(args: list[str] | None = None) -> Path:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import soundfile
 from scipy.signal import lfilter
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.trace import CacheSnapshot, Trace
+from moshi_ttt.jumps import find_jumps, position_summary
+from moshi_ttt.trace import CacheSnapshot, Event, Trace, write_json
 
 
 def noise(
@@ -81,4 +85,56 @@ def make_trace(
         audio_entropy=(3 + 0.4 * generator.normal(size=(streams, steps))).astype(np.float32),
         text_tokens=generator.integers(0, 1000, size=(streams, steps - 1)),
         codes=generator.integers(0, 512, size=(streams, 8, steps - 1)),
+    )
+
+
+def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int = 1) -> None:
+    """An evaluation folder as a long generation leaves it, with `clips` seconds-long sounds."""
+    jumps = find_jumps(trace)
+    trace.save(folder)
+    events = [
+        Event("cache_created", 0, {"modules": [ring.module for ring in trace.rings]}),
+        Event("first_eviction", trace.context_steps, {"lost_step": 0}),
+        *(jump.event() for jump in jumps),
+    ]
+    lines = [json.dumps(event.record(trace.clock)) for event in events]
+    (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
+    rings = [
+        {
+            "module": ring.module,
+            "capacity": ring.capacity,
+            "end_offset": ring.end_offset,
+            "evicted_steps": ring.evicted_steps,
+            "wraps": ring.wraps,
+        }
+        for ring in trace.rings
+    ]
+    if nll:
+        windows = trace.steps // 63
+        losses = {
+            name: [None, *(level + 0.01 * window for window in range(1, windows))]
+            for level, name in enumerate(("text", "first_codebook", "other_codebooks"), 2)
+        }
+        starts = [63 * window for window in range(windows)]
+        write_json(folder / "nll.json", {"window_steps": 63, "start_step": starts, **losses})
+    for clip in range(clips):
+        time = np.arange(2 * 24_000) / 24_000
+        tones = np.stack([np.sin(2 * np.pi * 220 * time), np.sin(2 * np.pi * 330 * time)], axis=1)
+        path = folder / "audio" / f"stream_{clip:02d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.3 * tones, 24_000)
+    write_json(
+        folder / "summary.json",
+        {
+            "label": trace.label,
+            "source": trace.source,
+            "steps": trace.steps,
+            "seconds": trace.clock.seconds(trace.steps),
+            "streams": trace.streams,
+            "wall_sec": 12.5,
+            "steps_per_sec": 72.0,
+            "jumps": [jump.record(trace.clock) for jump in jumps],
+            "rings": rings,
+            "scalars": position_summary(trace, jumps),
+        },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def parse(*args: str) -> FitCLI:
-    return FitCLI(
-        MoshiTTT, ConversationData, args=list(args), run=False, save_config_callback=None
-    )
+    return FitCLI(MoshiTTT, ConversationData, args=list(args), run=False, save_config_callback=None)
 
 
 def scalars(run_folder: Path, tag: str) -> list[float]:
@@ -77,7 +76,9 @@ def trained(run_folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("long*.yaml")))
-@pytest.mark.parametrize("overlays", [[], ["moshiko.yaml"], ["moshiko.yaml", "moshi7b_random.yaml"]])
+@pytest.mark.parametrize(
+    "overlays", [[], ["moshiko.yaml"], ["moshiko.yaml", "moshi7b_random.yaml"]]
+)
 def test_every_shipped_config_loads_alone_and_with_its_overlays(
     name: str, overlays: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -139,7 +140,7 @@ def test_schedule_warms_up_then_decays_to_its_final_fraction() -> None:
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == pytest.approx(1.0)
     assert factors[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
 
 
 def test_a_run_leaves_a_folder_that_evaluation_can_read(small: list[str], tmp_path: Path) -> None:

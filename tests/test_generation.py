@@ -162,9 +162,8 @@ def test_hooks_leave_with_their_scope_even_after_an_error(make_lm: MakeLM) -> No
         if step == 3:
             raise KeyboardInterrupt
 
-    codes = random_codes()
+    codes, recorder = random_codes(), Recorder(lm, STREAMS, STEPS)
     with pytest.raises(KeyboardInterrupt), borrowed(lm, 0):
-        recorder = Recorder(lm, STREAMS, STEPS)
         generate(lm, codes[:, :, :2], codes[:, 9:], recorder=recorder, on_step=stop)
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.modules()] == before
     assert all(layer.branch.observer is None for layer in hybrid_layers(lm).values())

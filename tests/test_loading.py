@@ -44,7 +44,9 @@ def test_a_local_folder_loads_like_the_bundle_and_never_asks_the_network(tmp_pat
     folder = open_source(str(copy_of_tiny(tmp_path / "mine")))
     bundle = open_source("tiny")
     weights = folder.lm().state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in bundle.lm().state_dict().items())
+    assert all(
+        torch.equal(value, weights[name]) for name, value in bundle.lm().state_dict().items()
+    )
     assert folder.codec_fingerprint() == bundle.codec_fingerprint()
     assert folder.clock == bundle.clock
     assert (folder.n_q, folder.dep_q, folder.text_padding_id) == (16, 8, 3)

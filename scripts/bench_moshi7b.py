@@ -1,0 +1,121 @@
+"""Cost of the memory and of recording on Moshi 7B's shape, side by side in one run (one GPU).
+
+    python scripts/bench_moshi7b.py
+
+Random weights: times and memory are those of the real model, the tokens mean nothing. Prints a
+table of training steps (1 clip of 60 s, memory in layers 25-29) and of generation steps (CUDA
+graphs, 4 streams): vanilla, hybrid, hybrid with the recorder. Medians after warm-up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+
+from moshi_ttt.adapters import LoraConfig
+from moshi_ttt.generation import borrowed, generate
+from moshi_ttt.loading import RANDOM_7B, open_source
+from moshi_ttt.losses import LossConfig, lm_losses
+from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.model import ModelConfig, build_lm, trainable_groups
+from moshi_ttt.recorder import Recorder
+
+CLIP_STEPS, GENERATED_STEPS, STREAMS = 750, 300, 4
+
+
+Rule = Literal["ttt_linear", "ttt_mlp", "gated_delta"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+
+
+def config(rule: Rule) -> ModelConfig:
+    """Memory in layers 25 to 29, as `configs/moshiko.yaml` has it."""
+    return ModelConfig(
+        source=RANDOM_7B,
+        dtype="bfloat16",
+        context_steps=375,
+        train="memory",
+        memory=MemoryConfig(rule=rule, layers=[25, 26, 27, 28, 29], heads=32),
+        lora=LoraConfig(),
+    )
+
+
+def codes(streams: int, steps: int) -> torch.Tensor:
+    """Random tokens, [streams, 17, steps]."""
+    return torch.randint(0, 2048, (streams, 17, steps), device="cuda")
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Median wall time of `run` after two warm-ups."""
+    times_ms = []
+    for number in range(repeats + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if number >= 2:
+            times_ms.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times_ms)
+
+
+def training(rule: Rule) -> tuple[float, float]:
+    """Milliseconds and peak GiB of one optimizer step."""
+    lm = build_lm(config(rule), open_source(RANDOM_7B), "cuda", gradient_checkpointing=True).train()
+    parameters = [p for group in trainable_groups(lm).values() for p in group.values()]
+    optimizer = torch.optim.AdamW(parameters)
+    clip = codes(1, CLIP_STEPS)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            losses = lm_losses(lm, lm(clip), clip, LossConfig())
+        sum(losses).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch.cuda.reset_peak_memory_stats()
+    return milliseconds(step, repeats=5), torch.cuda.max_memory_allocated() / 2**30
+
+
+def generation(rule: Rule | None, recorded: bool) -> float:
+    """Milliseconds a step, from steps after the graphs were captured."""
+    source = open_source(RANDOM_7B)
+    if rule is None:
+        lm = source.lm(device="cuda", dtype=torch.bfloat16, context_steps=375)
+    else:
+        lm = build_lm(config(rule), source, "cuda")
+    prompt = codes(STREAMS, GENERATED_STEPS)
+    at: list[float] = []
+
+    def clock(step: int) -> None:
+        if step in (50, GENERATED_STEPS - 1):
+            torch.cuda.synchronize()
+            at.append(time.perf_counter())
+
+    with borrowed(lm, 0):
+        recorder = Recorder(lm, STREAMS, GENERATED_STEPS) if recorded else None
+        generate(lm, prompt[:, :, :10], prompt[:, 9:], recorder=recorder, on_step=clock)
+    return 1000 * (at[1] - at[0]) / (GENERATED_STEPS - 1 - 50)
+
+
+def main() -> None:
+    """Print the table."""
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    for rule in RULES:
+        step_ms, peak_gib = training(rule)
+        print(f"training step, 1 x 60 s, {rule:12} {step_ms:8.1f} ms  peak {peak_gib:.1f} GiB")
+        torch.cuda.empty_cache()
+    vanilla_ms = generation(None, recorded=False)
+    print(f"generation step, vanilla               {vanilla_ms:8.2f} ms")
+    for rule in RULES:
+        for recorded in (False, True):
+            step_ms = generation(rule, recorded)
+            what = f"{rule}{' + recorder' if recorded else ''}"
+            print(f"generation step, {what:22} {step_ms:8.2f} ms  x {step_ms / vanilla_ms:.3f}")
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What only a GPU can show: the memory and the recorder inside moshi's CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from moshi.models.lm import LMModel
+from moshi.utils.compile import no_cuda_graph
+
+from moshi_ttt.generation import borrowed, generate
+from moshi_ttt.hybrid import add_memory, hybrid_layers
+from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.recorder import Recorder
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+MakeLM = Callable[..., LMModel]
+STREAMS, STEPS = 2, 40
+
+
+@pytest.fixture(params=["ttt_linear", "ttt_mlp", "gated_delta"])
+def lm(make_lm: MakeLM, request: pytest.FixtureRequest) -> LMModel:
+    lm = make_lm().cuda()
+    config = MemoryConfig(rule=request.param, layers=[0, 2], heads=2, mini_batch_steps=5)
+    add_memory(lm, config)
+    for layer in hybrid_layers(lm).values():
+        torch.nn.init.normal_(layer.branch.gate, std=0.5)
+    return lm.eval()
+
+
+def record(lm: LMModel, codes: torch.Tensor) -> Recorder:
+    with borrowed(lm, 0):
+        recorder = Recorder(lm, STREAMS, STEPS)
+        generate(lm, codes, codes[:, 9:], recorder=recorder)
+    return recorder
+
+
+def test_traces_in_a_cuda_graph_equal_eager_ones_and_are_complete(lm: LMModel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (STREAMS, 17, STEPS), generator=generator)
+    graphed = record(lm, codes).arrays()
+    with no_cuda_graph():
+        eager = record(lm, codes).arrays()
+    for name, values in graphed.items():
+        assert torch.isfinite(torch.from_numpy(values).double()).all(), name
+        torch.testing.assert_close(
+            torch.from_numpy(values), torch.from_numpy(eager[name]), atol=1e-4, rtol=1e-4
+        )
+    per_update = next(iter(hybrid_layers(lm).values())).branch.rule.steps_per_update
+    expected = torch.arange(1, STEPS + 1) // per_update
+    assert (graphed["inner_updates"] == expected.numpy()).all()
+
+
+def test_the_graph_predicts_what_the_training_forward_predicts(lm: LMModel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (STREAMS, 17, STEPS), generator=generator)
+    recorded = torch.from_numpy(record(lm, codes).arrays()["text_entropy"])
+    with torch.no_grad():
+        log_p = lm(codes.cuda()).text_logits[:, 0].log_softmax(-1)
+    torch.testing.assert_close(recorded, -(log_p.exp() * log_p).sum(-1).cpu(), atol=1e-4, rtol=1e-4)
