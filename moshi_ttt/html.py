@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -27,7 +28,7 @@ p.lead { color: #666; margin: 0 0 18px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; margin: 8px 0; }
 th { text-align: left; background: #f0f2f4; font-weight: 600; vertical-align: bottom; }
-th, td { padding: 5px 10px; border-bottom: 1px solid #e4e6e8; vertical-align: top; }
+th, td { padding: 5px 7px; border-bottom: 1px solid #e4e6e8; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 figure { margin: 16px 0 24px; }
@@ -68,9 +69,14 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str | int | float | None]]) -> str:
-    """A table; numbers are right-aligned, None and NaN are shown as a dash."""
+    """A table; columns of numbers are right-aligned, None and NaN are shown as a dash.
+
+    Args:
+        header: column titles; without any the table has no head.
+        rows: one value a column; text that is a number counts as one.
+    """
     body = [[_cell(value) for value in row] for row in rows]
-    numeric = [bool(body) and all(row[i][1] for row in body) for i in range(len(header))]
+    numeric = [all(right for _, right in column) for column in zip(*body, strict=True)]
 
     def line(tag: str, texts: Sequence[str]) -> str:
         cells = (
@@ -81,11 +87,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str | int | float | Non
         )
         return f"<tr>{''.join(cells)}</tr>"
 
-    rows_html = "".join(line("td", [text for text, _ in row]) for row in body)
-    return (
-        f'<div class="scroll"><table><thead>{line("th", header)}</thead>'
-        f"<tbody>{rows_html}</tbody></table></div>"
-    )
+    head = f"<thead>{line('th', header)}</thead>" if header and body else ""
+    lines = "".join(line("td", [text for text, _ in row]) for row in body)
+    return f'<div class="scroll"><table>{head}<tbody>{lines}</tbody></table></div>'
 
 
 def _cell(value: str | int | float | None) -> tuple[str, bool]:
@@ -96,7 +100,7 @@ def _cell(value: str | int | float | None) -> tuple[str, bool]:
         return f"{value:.4g}", True
     if isinstance(value, int):
         return str(value), True
-    return value, False
+    return value, re.fullmatch(r"[\d.]+", value) is not None
 
 
 def figure(png: bytes, caption: str, alt: str) -> str:

@@ -22,7 +22,7 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.trace import CacheSnapshot, Event, Trace
 
 SETTLE_STEPS = 8  # attention parks on position 0; norms of the first steps are of another kind
-MIN_AGREEMENT = 0.75  # fraction of streams that must show at least half of the smallest rise
+MIN_AGREEMENT = 0.75  # fraction of streams that must show at least half of the typical rise
 HELD_WINDOWS = 3  # windows after the rise that must keep half of it; 3 x 50 steps = 12 s
 MAD_TO_SD = 1.4826  # median absolute deviation to standard deviation, for a normal distribution
 MEDIAN_SD = 1.2533  # sd of a median of n over sd / sqrt(n)
@@ -147,10 +147,9 @@ def _layer_rises(
     for later in range(2, 2 + HELD_WINDOWS):
         kept = np.median(medians[:, later * window :] - medians[:, : -later * window], axis=0)
         held[: len(kept)] = np.minimum(held[: len(kept)], kept)
-    agreement = (rise - trend >= least / 2).mean(axis=0)
     # held against the whole rise, not against the part of it that a position on its flank shows
     whole = maximum_filter1d(typical, size=window | 1)
-    eligible = (excess >= least) & (held >= whole / 2) & (agreement >= MIN_AGREEMENT)
+    eligible = (excess >= least) & (held >= whole / 2)
 
     found = []
     while eligible.any():
@@ -163,14 +162,12 @@ def _layer_rises(
             _spread(typical[away]), _spread(rise[:, away]) * MEDIAN_SD / np.sqrt(streams), 1e-3
         )
         score = float(excess[peak] / spread)
-        if score >= min_score:
-            position = _split(level, medians[:, peak], medians[:, peak + window], peak, window)
-            at = int(np.clip(position - window, 0, count - 1))
-            found.append(
-                _LayerRise(
-                    layer, position + SETTLE_STEPS, float(typical[at]), score, float(agreement[at])
-                )
-            )
+        position = _split(level, medians[:, peak], medians[:, peak + window], peak, window)
+        at = int(np.clip(position - window, 0, count - 1))
+        agreement = float((rise[:, at] - trend >= excess[at] / 2).mean())
+        if score >= min_score and agreement >= MIN_AGREEMENT:
+            log_ratio = float(typical[at])
+            found.append(_LayerRise(layer, position + SETTLE_STEPS, log_ratio, score, agreement))
     return found
 
 
@@ -247,9 +244,11 @@ def ratios_at(trace: Trace, step: int, *, window_steps: int = 50) -> np.ndarray:
     start, stop = step - window_steps, step + window_steps
     if start < SETTLE_STEPS or stop > trace.steps:
         return np.full(trace.input_norm.shape[1], math.nan)
-    before = np.median(trace.input_norm[..., start:step], axis=-1)
+    before = np.median(trace.input_norm[..., start:step], axis=-1)  # [S, L]
     after = np.median(trace.input_norm[..., step:stop], axis=-1)
-    return np.array([_median(ratios) for ratios in (after / before).T])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = after / before
+    return np.array([_median(layer) for layer in ratios.T])
 
 
 def position_summary(

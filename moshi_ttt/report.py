@@ -15,8 +15,9 @@ import numpy as np
 from moshi_ttt import html
 from moshi_ttt.clock import Clock
 from moshi_ttt.evaluation import Evaluation, find_evaluations, unique_labels
-from moshi_ttt.figures import comparison_figures, evaluation_figures, png
+from moshi_ttt.figures import evaluation_figures, png
 from moshi_ttt.jumps import ratios_at, spans
+from moshi_ttt.overlays import comparison_figures
 from moshi_ttt.plot_style import MAX_CURVES
 from moshi_ttt.report_text import CAPTIONS, COMPARISON_CAPTIONS, GLOSSARY, WHY, findings
 from moshi_ttt.trace import Trace, write_atomic
@@ -59,7 +60,7 @@ def write_report(run_folder: Path) -> Path:
     if len(evaluations) > 1:
         body += ["<h2>Across the evaluations</h2>", *_comparison(traces, dict(shown))]
     body += [
-        *_audio(dict.fromkeys([(labels[-1], latest), (labels[0], evaluations[0])])),
+        *_audio({labels[-1]: latest, labels[0]: evaluations[0]}.items()),
         "<h2>Attention rings at the end</h2>",
         _rings_table(latest.summary["rings"], trace.clock),
         "<h2>Events</h2>",
@@ -141,22 +142,30 @@ def _clocks(step: int, clock: Clock) -> tuple[int, str, int]:
 
 def _facts_table(evaluation: Evaluation, trace: Trace) -> str:
     clock = trace.clock
-    hybrid = spans(trace.hybrid_layers) if trace.hybrid_layers else "none (vanilla Moshi)"
-    trained = "unknown" if trace.trained_steps is None else clock.describe(trace.trained_steps)
+    hybrid = "none (vanilla Moshi)"
+    if trace.hybrid_layers:
+        hybrid = f"{spans(trace.hybrid_layers)} of 0-{trace.input_norm.shape[1] - 1}"
+    trained = "unknown" if trace.trained_steps is None else _length(trace.trained_steps, clock)
     return html.table(
-        ("", ""),
+        (),
         (
             ("model", trace.source),
-            ("layers with a memory", f"{hybrid} of 0-{trace.input_norm.shape[1] - 1}"),
-            ("generated", clock.describe(trace.steps)),
-            ("forced from a recording", f"up to {clock.describe(trace.prompt_steps)}"),
-            ("context C", clock.describe(trace.context_steps)),
+            ("layers with a memory", hybrid),
+            ("generated", _length(trace.steps, clock)),
+            ("prompt, forced from a recording", _length(trace.prompt_steps, clock)),
+            ("context C", _length(trace.context_steps, clock)),
             ("trained on clips of", trained),
             ("streams", "; ".join(trace.streams)),
             ("wall time", f"{evaluation.summary['wall_sec']:.1f} s"),
             ("speed", f"{evaluation.summary['steps_per_sec']:.1f} steps a second"),
             ("folder", f"{evaluation.folder.parent.name}/{evaluation.folder.name}"),
         ),
+    )
+
+
+def _length(steps: int, clock: Clock) -> str:
+    return (
+        f"{steps} steps ({clock.seconds(steps):.2f} s, {clock.legacy_tokens(steps)} legacy tokens)"
     )
 
 

@@ -27,9 +27,10 @@ CAPTIONS = {
     "memory": "What the memory adds to the residual stream, relative to the residual; the gate "
     "that scales it; its norm before the gate; and how often the fast weights were updated.",
     "entropy": "How undecided the model is about its next text token and its next first-codebook "
-    "token. A fall towards 0 is repetition, a rise is loss of the thread.",
-    "nll": "Loss on real recordings that are fed in, not generated: if it stays flat where the "
-    "norms rise in free generation, the model suffers from its own output, not from the position.",
+    "token. A fall towards 0 often goes with repetition.",
+    "nll": "Loss on real recordings that are fed in, not generated. Flat where the norms of the "
+    "free generation rise, it speaks for the model's own output as the cause; rising with them, "
+    "for the position.",
     "audio": "Left channel: Moshi. The spectrogram shows the left channel only.",
 }
 COMPARISON_CAPTIONS = {

@@ -1,4 +1,4 @@
-"""Build the bundled tiny Moshi: moshi's structure and checkpoint layout, a thousandth of its size.
+"""Build the bundled tiny Moshi: moshi's structure and checkpoint layout in five million parameters.
 
     python scripts/make_tiny.py            # writes assets/tiny, about fifteen minutes on a core
 

@@ -91,6 +91,7 @@ def make_trace(
 def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int = 1) -> None:
     """An evaluation folder as a long generation leaves it, with `clips` seconds-long sounds."""
     jumps = find_jumps(trace)
+    scalars = position_summary(trace, jumps)
     trace.save(folder)
     events = [
         Event("cache_created", 0, {"modules": [ring.module for ring in trace.rings]}),
@@ -117,6 +118,8 @@ def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int
         }
         starts = [63 * window for window in range(windows)]
         write_json(folder / "nll.json", {"window_steps": 63, "start_step": starts, **losses})
+        for name, level in (("text", 2.1), ("first_codebook", 3.1), ("other_codebooks", 4.1)):
+            scalars[f"longgen/nll/{name}/mean"] = level
     for clip in range(clips):
         time = np.arange(2 * 24_000) / 24_000
         tones = np.stack([np.sin(2 * np.pi * 220 * time), np.sin(2 * np.pi * 330 * time)], axis=1)
@@ -135,6 +138,6 @@ def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int
             "steps_per_sec": 72.0,
             "jumps": [jump.record(trace.clock) for jump in jumps],
             "rings": rings,
-            "scalars": position_summary(trace, jumps),
+            "scalars": scalars,
         },
     )

@@ -121,6 +121,7 @@ def test_audio_is_encoded_once_over_epochs_and_data_modules(
     assert len(source.encoded) == len(set(source.encoded)) == 2 * 3  # channels x files
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 @pytest.mark.parametrize("stop", range(1, 2 * BATCHES + 1))
 @pytest.mark.parametrize("how", ["failed after a checkpoint", "saved as it failed", "max_steps"])
 def test_interrupted_and_resumed_sees_what_an_uninterrupted_run_sees(
@@ -181,6 +182,14 @@ def test_warnings_of_the_check_are_logged(
         fit({**options, "batch_size": 9}, max_epochs=1)
     assert "a.json do not exist" in caplog.text
     assert "data.batch_size=9 is more than the 5 clip(s)" in caplog.text
+
+
+def test_validating_own_data_on_the_demo_set_is_pointed_out(
+    source: FakeSource, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    del options["val_manifest"]
+    ConversationData(**options).prepare_data()
+    assert "data.val_manifest is the bundled demo set but data.manifest is not" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,8 @@ def test_a_run_leaves_a_folder_that_evaluation_can_read(small: list[str], tmp_pa
     ):
         assert (folder / file).is_file(), file
     assert not (folder / "longgen/epoch_001").exists()
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "last.safetensors"}
     lm, _, config, trained_steps = load_trained(folder / "checkpoints/last.ckpt")
     assert trained_steps == 25
     assert config.context_steps == lm.context == 20
@@ -202,7 +204,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
         "--model.train=memory+lora",
         "--model.lora.rank=2",
         "--model.lora.dropout=0.5",
-        "--checkpoint.every_n_train_steps=3",
+        "--checkpoint.every_n_steps=3",
     ]
     whole = torch.load(
         main([*args, f"--run_dir={tmp_path}/whole"]) / "checkpoints/last.ckpt", weights_only=True

@@ -6,29 +6,46 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from moshi_ttt.errors import UserError
 from moshi_ttt.model import save_trained
 from train.data import ConversationData
 from train.module import MoshiTTT
 
 
-class Checkpoint(ModelCheckpoint):
-    """Lightning's, whose `last.ckpt` is also written at the end of every epoch.
+class LastCheckpoint(Checkpoint):
+    """Keeps `RUN/checkpoints/last.ckpt` up to date, to resume from.
 
-    With `every_n_train_steps`, Lightning's own saves nothing there, and the last steps of a
-    finished run would be lost.
+    Lightning's ModelCheckpoint saves every n steps *or* at the end of an epoch, so that the last
+    steps of a finished run would be lost; for the best of several checkpoints add one of those
+    to `trainer.callbacks`.
+
+    Args:
+        every_n_steps: Also save every n optimizer steps; null saves after each epoch only.
     """
 
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"checkpoint.every_n_steps={every_n_steps} must be at least 1, or null")
+        self.every_n_steps = every_n_steps
+        self._saved_step = 0
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Every n optimizer steps."""
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._saved_step:
+            self._save(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what `every_n_train_steps` left out."""
-        super().on_train_epoch_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step:
-            assert self.dirpath is not None
-            trainer.save_checkpoint(
-                Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-            )
+        """After each epoch; Lightning calls checkpoints last, so what is saved was evaluated."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        self._saved_step = trainer.global_step
+        logger: Any = trainer.logger
+        trainer.save_checkpoint(Path(logger.log_dir) / "checkpoints" / "last.ckpt")
 
 
 class CheckpointWithWeights(TorchCheckpointIO):

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.long_generation import LongGeneration
 from moshi_ttt.errors import UserError
-from train.checkpoints import Checkpoint, CheckpointWithWeights
+from train.checkpoints import CheckpointWithWeights, LastCheckpoint
 from train.data import ConversationData
 from train.module import MoshiTTT
 
@@ -40,15 +40,7 @@ class FitCLI(LightningCLI):
             help="Resume: `last` (newest run in run_dir that has a checkpoint) or a .ckpt file.",
         )
         parser.add_lightning_class_args(LongGeneration, "long_generation")
-        parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.save_last": True,
-                "checkpoint.save_top_k": 0,
-                # after the long generation: what is resumed has been evaluated
-                "checkpoint.save_on_train_epoch_end": True,
-            }
-        )
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.link_arguments("model.source", "data.source")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -66,8 +58,13 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Give the trainer its folder, logger, checkpoint files and sampler rule."""
-        self.config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
-        self.config_init.checkpoint.dirpath = self.config.checkpoint.dirpath
+        trainer = self.config.trainer
+        decided = {"logger": None, "plugins": None, "use_distributed_sampler": True}
+        for key, default in decided.items():
+            if trainer[key] != default:
+                raise UserError(
+                    f"trainer.{key}={trainer[key]} is decided by train/fit.py; leave it out"
+                )
         return super().instantiate_trainer(
             logger=TensorBoardLogger(self.run_folder, name="", version="", default_hp_metric=False),
             plugins=[CheckpointWithWeights(self.model, self.datamodule)],

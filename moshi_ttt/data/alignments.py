@@ -21,6 +21,7 @@ class Word:
 
     text: str
     start_sec: float
+    """May lie up to a step before the audio; the word is then said at once."""
     end_sec: float
 
 
@@ -74,23 +75,22 @@ def read_alignments(path: Path, duration_sec: float, step_sec: float) -> Alignme
     main = [row for row in rows if row[3] == MAIN_SPEAKER]
     usable = [row for row in main if row[2] > row[1] and row[0]]
     ordered = sorted(usable, key=lambda row: row[1])
-    # a word may start up to a step before the audio: then it is said at its first step
-    found.words = [Word(text, max(0.0, start), end) for text, start, end, _ in ordered]
+    found.words = [Word(text, start, end) for text, start, end, _ in ordered]
 
-    later_than_next = sum(
+    overlapping = sum(
         word.end_sec > following.start_sec + step_sec
         for word, following in zip(found.words, found.words[1:], strict=False)
     )
     past_end = sum(word.end_sec > duration_sec + step_sec for word in found.words)
-    for count, what in (
-        (len(main) - len(usable), "empty words or words of no duration were left out"),
-        (int(ordered != usable), "list is not sorted by start; it was sorted"),
-        (later_than_next, "words overlap the next by over a step; the later word cuts them short"),
-        (past_end, "words end after the audio; only starts matter"),
-        (int(not main), f"list has no {MAIN_SPEAKER} words; the text is all padding"),
+    for applies, what in (
+        (not main, f"no {MAIN_SPEAKER} words; the text is all padding"),
+        (ordered != usable, "not sorted by start; they were sorted"),
+        (len(usable) < len(main), f"{len(main) - len(usable)} empty or without duration, left out"),
+        (overlapping, f"{overlapping} overlap the next by over a step, which cuts them short"),
+        (past_end, f"{past_end} end after the audio; only starts matter"),
     ):
-        if count:
-            found.warnings.append(f"alignments {path}: {count} {what}")
+        if applies:
+            found.warnings.append(f"alignments {path}: {what}")
     return found
 
 

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from synthetic_trace import make_trace, write_evaluation
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from callbacks.tensorboard import log_evaluation
+from moshi_ttt.errors import UserError
+
+
+def logged(folder: Path, logs: Path) -> EventAccumulator:
+    with SummaryWriter(str(logs)) as writer:
+        log_evaluation(writer, folder, 17)
+    events = EventAccumulator(str(logs), size_guidance={"scalars": 0, "images": 0, "audio": 0})
+    return events.Reload()
+
+
+def test_scalars_figures_and_audio_of_a_hybrid_are_logged(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "run", make_trace(jump_at=763), clips=2)
+    events = logged(tmp_path / "run", tmp_path / "logs")
+    tags = events.Tags()
+    assert {
+        "longgen/jump/count",
+        "longgen/jump/ratio/layer_03",
+        "longgen/input_norm/layer_03/end",
+        "memory/branch_ratio/layer_02",
+        "cache/evicted_steps",
+    } <= set(tags["scalars"])
+    (count,) = events.Scalars("longgen/jump/count")
+    assert (count.step, count.value) == (17, 1)
+    names = ("input_norm", "heat_map", "memory", "entropy", "nll", "audio")
+    assert set(tags["images"]) == {f"longgen/figures/{name}" for name in names}
+    (image,) = events.Images("longgen/figures/input_norm")
+    assert (image.width, image.height) == (1000, 520)
+    assert set(tags["audio"]) == {"longgen/audio/stream_00", "longgen/audio/stream_01"}
+    (clip,) = events.Audio("longgen/audio/stream_00")
+    assert clip.sample_rate == 24_000
+    assert clip.length_frames == 48_000
+
+
+def test_undefined_scalars_and_missing_parts_are_skipped(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "run", make_trace(hybrid_layers=()), nll=False, clips=0)
+    tags = logged(tmp_path / "run", tmp_path / "logs").Tags()
+    assert "longgen/jump/count" in tags["scalars"]
+    assert "longgen/jump/step" not in tags["scalars"]
+    assert set(tags["images"]) == {
+        f"longgen/figures/{name}" for name in ("input_norm", "heat_map", "entropy")
+    }
+    assert tags["audio"] == []
+
+
+def test_an_unfinished_evaluation_is_refused_by_name(tmp_path: Path) -> None:
+    make_trace().save(tmp_path)
+    with SummaryWriter(str(tmp_path / "logs")) as writer, pytest.raises(UserError, match="summary"):
+        log_evaluation(writer, tmp_path, 0)
