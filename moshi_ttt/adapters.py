@@ -15,9 +15,6 @@ from typing import Literal, get_args
 
 from moshi.models.lm import LMModel
 from moshi.modules.transformer import StreamingMultiheadAttention
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from moshi_ttt.errors import UserError
@@ -91,9 +88,7 @@ class AdapterAttention(StreamingMultiheadAttention):
 
     def _init_streaming_state(self, batch_size: int):  # type: ignore[no-untyped-def]
         adapted = self.in_projs
-        self.in_projs = nn.ModuleList(
-            [one.get_base_layer() if isinstance(one, LoraLayer) else one for one in adapted]
-        )
+        self.in_projs = nn.ModuleList([getattr(one, "base_layer", one) for one in adapted])
         try:
             return super()._init_streaming_state(batch_size)
         finally:
@@ -113,6 +108,11 @@ def add_lora(lm: LMModel, config: LoraConfig) -> list[str]:
     Raises:
         UserError: a target matches no module of this model.
     """
+    # importing peft takes seconds, and most runs have no adapters
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
     if lm._cached_children is not None:
         raise UserError("the model has streamed already; add LoRA before the first generation")
     for target in config.targets:

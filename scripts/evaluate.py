@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from moshi_ttt.data import RecordingReader, check_manifest, read_manifest
 from moshi_ttt.errors import UserError
@@ -73,6 +73,8 @@ def main(args: list[str] | None = None) -> Path:
 
 
 def _parser() -> ArgumentParser:
+    # the docstring under each config field is its help text
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=__doc__)
     add: Any = parser.add_argument
     add("--checkpoint", type=str | None, help="A .ckpt (its .safetensors is read) of a run.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,20 @@ def test_mistakes_are_refused_before_anything_is_loaded_and_name_their_key(
     with pytest.raises((SystemExit, UserError)) as error:
         parse("--config", "long60s.yaml", argument)
     assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_help_explains_every_field_of_every_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    options = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    ours = [o for o in options if re.match(r"--(model|data|long_generation|checkpoint)\.", o)]
+    assert len(ours) > 45
+    for option in ours:
+        text = re.sub(r"\(type: .*", "", option, flags=re.DOTALL).split(maxsplit=2)
+        if "CONFIG" not in option.split("\n")[0]:
+            assert len(text) == 3, option
+            assert len(text[2].split()) >= 4, option
 
 
 def test_learning_rates_written_as_yaml_floats_without_a_dot_are_numbers() -> None:

@@ -45,7 +45,8 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         self._saved_step = trainer.global_step
         logger: Any = trainer.logger
-        trainer.save_checkpoint(Path(logger.log_dir) / "checkpoints" / "last.ckpt")
+        path = Path(logger.log_dir) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
 
 
 class CheckpointWithWeights(TorchCheckpointIO):

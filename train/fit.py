@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,6 +21,8 @@ from train.checkpoints import CheckpointWithWeights, LastCheckpoint
 from train.data import ConversationData
 from train.module import MoshiTTT
 
+# the docstring under each config field is its help text
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -126,10 +130,13 @@ def main(args: list[str] | None = None) -> Path:
         ConversationData,
         args=args,
         run=False,
+        auto_configure_optimizers=False,
         trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
         save_config_kwargs={"overwrite": True},
     )
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
+    if torch.cuda.is_available():
+        cli.trainer.print(f"\npeak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     cli.trainer.print(
         f"\nrun folder:  {cli.run_folder}\nreport:      {cli.run_folder / 'report.html'}\n"
         f"TensorBoard: tensorboard --logdir {cli.run_folder}"
