@@ -31,7 +31,7 @@ from moshi_ttt.jumps import Jump, find_jumps, position_summary
 from moshi_ttt.loading import ModelSource
 from moshi_ttt.metrics import STREAMS, PositionNLL
 from moshi_ttt.recorder import Recorder
-from moshi_ttt.trace import Event, Trace, write_atomic, write_json
+from moshi_ttt.trace import Trace, ring_events, write_atomic, write_json
 
 STEPS_PAST_2C = 150
 
@@ -269,32 +269,6 @@ def position_nll(
     values = {stream: nll.reshape(-1).tolist() for stream, nll in metric.compute().items()}
     starts = [window * window_steps for window in range(len(values["text"]))]
     return {"window_steps": window_steps, "start_step": starts, **values}
-
-
-def ring_events(trace: Trace) -> list[Event]:
-    """Creation, first eviction and turns of the rings, from the recorded end offsets.
-
-    The temporal rings are read step by step; those that moved alike share one event.
-    """
-    created: dict[int, list[str]] = {}
-    for ring in trace.rings:
-        created.setdefault(ring.capacity, []).append(ring.module)
-    events = [
-        Event("cache_created", 0, {"capacity_steps": capacity, "modules": modules})
-        for capacity, modules in created.items()
-    ]
-    capacity = trace.context_steps
-    written = trace.ring_end_offset[0]  # [L, T]; every stream runs in step
-    modules = [ring.module for ring in trace.rings if ring.module.startswith("transformer.")]
-    for turn in range(1, 1 + max(0, int(written.max()) - 1) // capacity):
-        # the write that starts turn n is the first one after n * capacity steps
-        step_of = (written > turn * capacity).argmax(axis=1)
-        for step in sorted(set(step_of.tolist())):
-            rings = [name for name, at in zip(modules, step_of, strict=True) if at == step]
-            if turn == 1:
-                events.append(Event("first_eviction", step, {"modules": rings, "lost_step": 0}))
-            events.append(Event("ring_turn", step, {"turn": turn, "modules": rings}))
-    return events
 
 
 def _write_wav(file: IO[bytes], wav: np.ndarray, sample_rate: int) -> None:

@@ -188,6 +188,32 @@ class Trace:
         return cls(**meta, **arrays)
 
 
+def ring_events(trace: Trace) -> list[Event]:
+    """Creation, first eviction and turns of the rings, from the recorded end offsets.
+
+    The temporal rings are read step by step; those that moved alike share one event.
+    """
+    created: dict[int, list[str]] = {}
+    for ring in trace.rings:
+        created.setdefault(ring.capacity, []).append(ring.module)
+    events = [
+        Event("cache_created", 0, {"capacity_steps": capacity, "modules": modules})
+        for capacity, modules in created.items()
+    ]
+    capacity = trace.context_steps
+    written = trace.ring_end_offset[0]  # [L, T]; every stream runs in step
+    modules = [ring.module for ring in trace.rings if ring.module.startswith("transformer.")]
+    for turn in range(1, 1 + max(0, int(written.max()) - 1) // capacity):
+        # the write that starts turn n is the first one after n * capacity steps
+        step_of = (written > turn * capacity).argmax(axis=1)
+        for step in sorted(set(step_of.tolist())):
+            rings = [name for name, at in zip(modules, step_of, strict=True) if at == step]
+            if turn == 1:
+                events.append(Event("first_eviction", step, {"modules": rings, "lost_step": 0}))
+            events.append(Event("ring_turn", step, {"turn": turn, "modules": rings}))
+    return events
+
+
 _ARRAYS = (
     "input_norm",
     "branch_raw_norm",
