@@ -261,7 +261,9 @@ def position_nll(
     Returns:
         `window_steps`, `start_step` and one list a stream (nats; NaN without tokens).
     """
-    metric = PositionNLL(window_steps, -(-steps // window_steps)).to(lm.device)
+    # one process evaluates while the others wait: adding up over all of them would wait for ever
+    metric = PositionNLL(window_steps, -(-steps // window_steps), sync_on_compute=False)
+    metric.to(lm.device)
     for recording in tqdm(recordings, desc="teacher-forced NLL", unit="recording", leave=False):
         codes = recording.codes[None, :, :steps].to(lm.device)
         metric.update(lm, lm(codes), codes)

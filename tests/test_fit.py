@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,24 @@ def test_training_with_and_without_long_generation_gives_identical_weights(
     first, second = trained(main(with_it)), trained(main(without))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_train_and_only_the_first_generates(small: list[str], tmp_path: Path) -> None:
+    arguments = [
+        *small,
+        f"--run_dir={tmp_path}",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.max_epochs=1",
+        "--long_generation.every_n_epochs=1",
+    ]
+    program = CONFIGS.parent / "train" / "fit.py"
+    subprocess.run([sys.executable, program, *arguments], check=True, timeout=200)
+    folder = tmp_path / "000"
+    assert (folder / "longgen/epoch_001/summary.json").is_file()
+    assert load_trained(folder / "checkpoints/last.ckpt")[3] == 25
+    # 8 windows are 2 batches of 2 for each of the 2 processes
+    assert len(scalars(folder, "train/loss")) == 2
 
 
 class Interrupt(Callback):
