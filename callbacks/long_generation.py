@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from moshi_ttt.report import write_report
 
 from callbacks.tensorboard import log_evaluation
 from moshi_ttt.errors import UserError
 from moshi_ttt.longrun import LongRunConfig, evaluate
+from moshi_ttt.report import write_report
 
 
 class LongGeneration(Callback):

@@ -7,8 +7,8 @@ from pathlib import Path
 import soundfile
 from torch.utils.tensorboard import SummaryWriter
 
-from moshi_ttt.evaluation import Evaluation
-from moshi_ttt.figures import evaluation_figures, pixels
+from moshi_ttt.report.evaluation import Evaluation
+from moshi_ttt.report.figures import evaluation_figures, pixels
 
 
 def log_evaluation(writer: SummaryWriter, folder: Path, global_step: int) -> None:

@@ -13,18 +13,17 @@ import pytest
 import soundfile
 from synthetic_trace import make_trace, write_evaluation
 
-from moshi_ttt import html
 from moshi_ttt.errors import UserError
-from moshi_ttt.evaluation import find_evaluations
-from moshi_ttt.figures import (
+from moshi_ttt.jumps import find_jumps
+from moshi_ttt.report import compare_report, html, write_report
+from moshi_ttt.report.evaluation import find_evaluations
+from moshi_ttt.report.figures import (
     evaluation_figures,
     norm_figure,
     pixels,
 )
-from moshi_ttt.jumps import find_jumps
-from moshi_ttt.overlays import comparison_figures
-from moshi_ttt.report import compare_report, write_report
-from moshi_ttt.report_text import findings
+from moshi_ttt.report.overlays import comparison_figures
+from moshi_ttt.report.text import findings
 from moshi_ttt.trace import CacheSnapshot, Trace
 
 

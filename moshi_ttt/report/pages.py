@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from moshi_ttt import html
 from moshi_ttt.clock import Clock
-from moshi_ttt.evaluation import Evaluation, find_evaluations, unique_labels
-from moshi_ttt.figures import evaluation_figures, png
 from moshi_ttt.jumps import ratios_at, spans
-from moshi_ttt.overlays import comparison_figures
-from moshi_ttt.plot_style import MAX_CURVES
-from moshi_ttt.report_text import CAPTIONS, COMPARISON_CAPTIONS, GLOSSARY, WHY, findings
+from moshi_ttt.report import html
+from moshi_ttt.report.evaluation import Evaluation, find_evaluations, unique_labels
+from moshi_ttt.report.figures import evaluation_figures, png
+from moshi_ttt.report.overlays import comparison_figures
+from moshi_ttt.report.style import MAX_CURVES
+from moshi_ttt.report.text import CAPTIONS, COMPARISON_CAPTIONS, GLOSSARY, WHY, findings
 from moshi_ttt.trace import Trace, write_atomic
 
 PLAYED_CLIPS = 2

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moshi_ttt.figures import Nll, nll_figure
 from moshi_ttt.jumps import SETTLE_STEPS
-from moshi_ttt.plot_style import (
+from moshi_ttt.report.figures import Nll, nll_figure
+from moshi_ttt.report.style import (
     fit_height,
     legend_below,
     mark_runs,

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.signal import spectrogram
 
 from moshi_ttt.jumps import SETTLE_STEPS, Jump
-from moshi_ttt.plot_style import (
+from moshi_ttt.report.style import (
     COLORS,
     JUMP_COLOR,
     STYLE,
