@@ -68,6 +68,11 @@ class ModelSource:
         return int(self._lm_config.get("existing_text_end_padding_id", 0))
 
     @property
+    def dim(self) -> int:
+        """Channels of the temporal transformer."""
+        return int(self._lm_config["dim"])
+
+    @property
     def num_layers(self) -> int:
         """Layers of the temporal transformer."""
         return int(self._lm_config["num_layers"])

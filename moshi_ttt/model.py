@@ -18,7 +18,7 @@ from moshi_ttt.adapters import LoraConfig, add_lora
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import add_memory
 from moshi_ttt.loading import ModelSource, open_source
-from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.memory import MemoryConfig, resolve_layers
 from moshi_ttt.trace import write_atomic
 
 Trained = Literal["memory", "lora", "memory+lora", "full"]
@@ -47,6 +47,17 @@ class ModelConfig:
                 f"model.context_steps={self.context_steps} must be at least 2 steps, or null for "
                 "the checkpoint's own"
             )
+
+
+def check_fits(config: ModelConfig, source: ModelSource) -> None:
+    """Hold a config against the checkpoint's, before anything is loaded or encoded.
+
+    Raises:
+        UserError: the memory's layers or heads do not fit the model.
+    """
+    if config.train != "lora":
+        resolve_layers(config.memory.layers, source.num_layers)
+        config.memory.resolved_head_dim(source.dim)
 
 
 def build_lm(

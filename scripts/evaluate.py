@@ -9,7 +9,6 @@ The same instrumented generation as after each training epoch, and the same repo
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from moshi_ttt.data import RecordingReader, check_manifest, read_manifest
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.loading import ASSETS, open_source
 from moshi_ttt.longrun import LongRunConfig, evaluate
 from moshi_ttt.model import load_trained
@@ -92,8 +91,4 @@ def _parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        report = main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(f"report: {report}")
+    print(f"report: {run_program(main)}")

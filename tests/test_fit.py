@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.model import load_trained
 from train.data import ConversationData
 from train.fit import CONFIGS, FitCLI, main
@@ -144,6 +144,34 @@ def test_help_explains_every_field_of_every_config(capsys: pytest.CaptureFixture
         if "CONFIG" not in option.split("\n")[0]:
             assert len(text) == 3, option
             assert len(text[2].split()) >= 4, option
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.memory.layers=[7]", "use indices in 0..3"),
+        ("--model.memory.heads=3", "must divide the model's 128 channels"),
+        ("--model.source=nope", "model.source='nope'"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_audio_is_encoded(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ConversationData, "prepare_data", None)
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(["--config", "long60s.yaml", argument])
+    assert not list(tmp_path.iterdir())
+
+
+def test_programs_end_with_a_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UserError("a.b=1 must be 2; write 2")
+
+    with pytest.raises(SystemExit) as stop:
+        run_program(fail)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: a.b=1 must be 2; write 2\n"
 
 
 def test_learning_rates_written_as_yaml_floats_without_a_dot_are_numbers() -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.long_generation import LongGeneration
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, run_program
 from train.checkpoints import CheckpointWithWeights, LastCheckpoint
 from train.data import ConversationData
 from train.module import MoshiTTT
@@ -134,6 +134,7 @@ def main(args: list[str] | None = None) -> Path:
         trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
         save_config_kwargs={"overwrite": True},
     )
+    cli.model.check()
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
     if torch.cuda.is_available():
         cli.trainer.print(f"\npeak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
@@ -145,7 +146,4 @@ def main(args: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

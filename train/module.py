@@ -20,7 +20,7 @@ from moshi_ttt.loading import ModelSource, open_source
 from moshi_ttt.losses import LossConfig, lm_losses, magnitude_penalty
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.metrics import PositionNLL
-from moshi_ttt.model import Dtype, ModelConfig, Trained, build_lm, trainable_groups
+from moshi_ttt.model import Dtype, ModelConfig, Trained, build_lm, check_fits, trainable_groups
 
 # the output gate starts at zero and shields the memory behind it until its first update
 GRADIENT_CHECK_STEPS = 3
@@ -118,11 +118,20 @@ class MoshiTTT(LightningModule):
         # a checkpoint holds what trains; the base comes from its source again
         self.strict_loading = False
 
+    def check(self) -> None:
+        """Find the checkpoint and hold the config against it, before data is encoded.
+
+        Raises:
+            UserError: no such model, or one that the config does not fit.
+        """
+        self.source = open_source(self.config.source)
+        check_fits(self.config, self.source)
+
     def configure_model(self) -> None:
         """Lightning's hook for expensive construction."""
         if hasattr(self, "lm"):
             return
-        self.source = open_source(self.config.source)
+        self.check()
         self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
         # moshi loads in eval mode and Lightning keeps the mode it finds; dropout needs this
         self.lm.train()
