@@ -19,7 +19,7 @@ from moshi_ttt.data import RecordingReader, check_manifest, read_manifest
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.loading import ASSETS, open_source
 from moshi_ttt.longrun import LongRunConfig, evaluate
-from moshi_ttt.model import load_trained
+from moshi_ttt.model import Dtype, load_trained
 from moshi_ttt.report import compare_report, write_report
 
 
@@ -33,29 +33,32 @@ def main(args: list[str] | None = None) -> Path:
     chosen = [name for name in ("checkpoint", "model", "compare") if getattr(options, name)]
     if len(chosen) != 1:
         raise UserError("give exactly one of --checkpoint FILE, --model SOURCE, --compare RUN RUN")
+    for name in ("context_steps", "dtype"):
+        if getattr(options, name) is not None and not options.model:
+            raise UserError(f"--{name} goes with --model; a checkpoint brings its own")
     if options.compare:
         folders = [Path(folder) for folder in options.compare]
         return compare_report(folders, Path(options.out or "runs/compare.html"))
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.checkpoint:
         checkpoint = Path(options.checkpoint)
+        run_folder = checkpoint.absolute().parent.parent
         lm, source, _, trained_steps = load_trained(checkpoint, device)
-        label = f"{checkpoint.parent.parent.name} {checkpoint.stem}"
-        default_out = checkpoint.parent.parent / "evaluate"
+        label = f"{run_folder.parent.name}/{run_folder.name} {checkpoint.stem}"
+        default_out = checkpoint.parent.parent / "evaluate" / checkpoint.stem
     else:
         source, trained_steps = open_source(options.model), None
         lm = source.lm(
             device=device,
-            dtype=getattr(torch, options.dtype),
+            dtype=getattr(torch, options.dtype or "float32"),
             context_steps=options.context_steps,
         )
         label = f"{source.name} (vanilla)"
-        default_out = Path("runs/evaluate")
+        default_out = Path("runs/evaluate") / Path(source.name).name
     run = LongRunConfig(seconds=options.seconds, **vars(options.run))
     assert lm.context is not None
     seconds = round(source.clock.seconds(run.steps(source.clock, lm.context)))
-    name = f"{label} {seconds}s".replace("/", "_").replace(" ", "_").replace("(vanilla)_", "")
-    out = Path(options.out) if options.out else default_out / name
+    out = Path(options.out or f"{default_out}_{seconds}s")
     manifest = Path(options.manifest)
     check_manifest(manifest, source.clock, source.tokenizer(), decode=False).raise_problems()
     recordings = RecordingReader(source, Path(options.cache_dir)).read(read_manifest(manifest)[0])
@@ -81,7 +84,7 @@ def _parser() -> ArgumentParser:
     add("--compare", nargs="+", help="Run or evaluation folders to overlay.")
     add("--seconds", type=float | None, help="Length; default: 150 steps past 2C.")
     add("--context_steps", type=int | None, help="Ring capacity C, with --model only.")
-    add("--dtype", type=str, default="float32", help="Weights' type, with --model only.")
+    add("--dtype", type=Dtype | None, help="Weights' type, with --model only (float32).")
     add("--manifest", type=str, default=str(ASSETS / "demo/val.jsonl"), help="Recordings.")
     add("--cache_dir", type=str, default=".cache/codes", help="Cache of encoded audio.")
     add("--device", type=str | None, help="Default: cuda if there is one.")
