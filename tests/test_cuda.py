@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -59,3 +60,17 @@ def test_the_graph_predicts_what_the_training_forward_predicts(lm: LMModel) -> N
     with torch.no_grad():
         log_p = lm(codes.cuda()).text_logits[:, 0].log_softmax(-1)
     torch.testing.assert_close(recorded, -(log_p.exp() * log_p).sum(-1).cpu(), atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_on_the_gpu_are_those_of_the_cpu(make_lm: MakeLM, lm: LMModel) -> None:
+    branch = next(iter(hybrid_layers(lm).values())).branch
+    cpu = copy.deepcopy(branch).cpu()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STREAMS, STEPS + 3, 32, generator=generator)  # 43 steps end in mid mini-batch
+    for one, inputs in ((branch, x.cuda()), (cpu, x)):
+        one(inputs, residual=inputs).square().sum().backward()
+    expected = dict(cpu.named_parameters())
+    for name, parameter in branch.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad.cpu(), expected[name].grad, atol=1e-3, rtol=1e-3, msg=name
+        )
