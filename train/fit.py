@@ -136,12 +136,13 @@ def main(args: list[str] | None = None) -> Path:
     )
     cli.model.check()
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
+    lines = ["", f"run folder:  {cli.run_folder}"]
+    if (report := cli.run_folder / "report.html").exists():
+        lines.append(f"report:      {report}")
+    lines.append(f"TensorBoard: tensorboard --logdir {cli.run_folder}")
     if torch.cuda.is_available():
-        cli.trainer.print(f"\npeak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    cli.trainer.print(
-        f"\nrun folder:  {cli.run_folder}\nreport:      {cli.run_folder / 'report.html'}\n"
-        f"TensorBoard: tensorboard --logdir {cli.run_folder}"
-    )
+        lines.append(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")
+    cli.trainer.print("\n".join(lines))
     return cli.run_folder
 
 
