@@ -104,6 +104,15 @@ def magnitude_penalty(stats: Mapping[int, list[BranchStats]], target: float) -> 
         stats: of every hybrid layer, from `observe_branches`.
         target: branch ratio to stay under.
     """
-    ratios = torch.stack([one.ratio for seen in stats.values() for one in seen])
+    ratios = torch.cat([_defined_ratios(one) for seen in stats.values() for one in seen])
     free = WALL_START * target
     return F.relu((ratios - free) / (target - free)).square().mean()
+
+
+def _defined_ratios(stats: BranchStats) -> Tensor:
+    """Ratios of the positions that have a residual: in layer 0, padding after a recording has none.
+
+    By indexing, because the gradient of 0/0 is NaN even where it is masked.
+    """
+    defined = stats.residual_norm > 0
+    return stats.norm[defined] / stats.residual_norm[defined]

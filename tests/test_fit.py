@@ -246,6 +246,18 @@ def test_two_processes_train_and_only_the_first_generates(small: list[str], tmp_
     assert len(scalars(folder, "train/loss")) == 2
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_padding_after_a_recording_does_not_reach_the_weights(
+    small: list[str], tmp_path: Path, precision: str
+) -> None:
+    # clips of 3 s from 8 s: the last is padded, and padding has no residual in layer 0
+    arguments = ["--data.duration_sec=3", "--model.memory.layers=[0, 3]", f"--run_dir={tmp_path}"]
+    weights = trained(main([*small, *arguments, f"--trainer.precision={precision}"]))
+    assert any("layers.0.branch.gate" in name for name in weights)
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
 class Interrupt(Callback):
     """Stops like a power cut, after the given optimizer step."""
 

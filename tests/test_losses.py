@@ -86,6 +86,15 @@ def test_magnitude_penalty_is_free_at_first_one_at_the_target_and_quadratic() ->
     torch.testing.assert_close(loud.norm.grad, torch.tensor([[2 / 0.05 / 4, 4 / 0.05 / 4]]))
 
 
+def test_positions_without_a_residual_reach_neither_penalty_nor_gradient() -> None:
+    one = stats([0.0, 0.25])
+    one = one._replace(residual_norm=torch.tensor([[0.0, 1.0]]))
+    penalty = magnitude_penalty({0: [one]}, target=0.2)
+    assert penalty.item() == pytest.approx(4, rel=1e-5)
+    penalty.backward()
+    torch.testing.assert_close(one.norm.grad, torch.tensor([[0.0, 4 / 0.05]]))
+
+
 @pytest.mark.parametrize(
     "wrong", [{"magnitude_target": 0.0}, {"text_padding_weight": -1.0}, {"magnitude_reg": -0.1}]
 )

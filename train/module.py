@@ -115,6 +115,7 @@ class MoshiTTT(LightningModule):
         self.optim_config = optim
         self.gradient_checkpointing = gradient_checkpointing
         self._silent_groups: set[str] = set()
+        self._rng: dict[str, Tensor] = {}
         # a checkpoint holds what trains; the base comes from its source again
         self.strict_loading = False
 
@@ -150,13 +151,9 @@ class MoshiTTT(LightningModule):
             + f", {frozen:,} frozen"
         )
         if self.logger is not None:
-            self.logger.log_metrics(
-                {
-                    f"parameters/{name}": float(n)
-                    for name, n in {**counts, "frozen": frozen}.items()
-                },
-                step=self.global_step,
-            )
+            counts["frozen"] = frozen
+            tags = {f"parameters/{name}": float(count) for name, count in counts.items()}
+            self.logger.log_metrics(tags, step=self.global_step)
         self._silent_groups = set(groups)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -173,9 +170,10 @@ class MoshiTTT(LightningModule):
                 loss = loss + self.loss_config.magnitude_reg * penalty
             logs["train/magnitude_penalty"] = penalty
             for layer, (one,) in stats.items():
-                logs[f"train/branch_ratio/layer_{layer:02d}"] = one.ratio.mean()
-                logs[f"train/branch_ratio_max/layer_{layer:02d}"] = one.ratio.max()
-                logs[f"train/raw_branch_ratio/layer_{layer:02d}"] = one.raw_ratio.mean()
+                # undefined at padding, which has no residual in layer 0
+                logs[f"train/branch_ratio/layer_{layer:02d}"] = one.ratio.nanmean()
+                logs[f"train/branch_ratio_max/layer_{layer:02d}"] = one.ratio.nan_to_num().max()
+                logs[f"train/raw_branch_ratio/layer_{layer:02d}"] = one.raw_ratio.nanmean()
                 logs[f"train/gate/layer_{layer:02d}"] = one.gate_rms
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({name: value.detach() for name, value in logs.items()})
@@ -251,10 +249,13 @@ class MoshiTTT(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains and the random states; the frozen base is not copied."""
         checkpoint["state_dict"] = {f"lm.{n}": p for n, p in self.trained_weights().items()}
-        checkpoint["rng"] = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        own = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        states = [own] * self.trainer.world_size
+        if len(states) > 1:  # every process draws its own dropout
+            torch.distributed.all_gather_object(states, own)
+        checkpoint["rng"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, and go on with its random states."""
@@ -266,13 +267,13 @@ class MoshiTTT(LightningModule):
                 f"the checkpoint trains other weights than this config ({len(differing)} differ, "
                 f"e.g. {differing[0]}); resume with the config saved beside it"
             )
-        self._rng = checkpoint["rng"]
+        states = checkpoint["rng"]
+        self._rng = states[self.global_rank % len(states)]
 
     def on_train_start(self) -> None:
         """Random states go back last, after everything that might draw."""
-        rng = getattr(self, "_rng", None)
-        if rng is not None:
-            torch.set_rng_state(rng["cpu"].cpu())
-            for index, state in enumerate(rng["cuda"][: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(state.cpu(), index)
-            self._rng = None
+        if self._rng:
+            torch.set_rng_state(self._rng["cpu"].cpu())
+        if "cuda" in self._rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
+        self._rng = {}
