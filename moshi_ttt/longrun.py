@@ -69,17 +69,17 @@ class LongRunConfig:
     def __post_init__(self) -> None:
         for name in ("prompts", "seeds", "top_k", "top_k_text"):
             if getattr(self, name) < 1:
-                raise UserError(f"long_generation.{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"run.{name}={getattr(self, name)} must be at least 1")
         for name in ("temperature", "text_temperature", "nll_window_sec"):
             if not getattr(self, name) > 0:
-                raise UserError(f"long_generation.{name}={getattr(self, name)} must be above 0")
+                raise UserError(f"run.{name}={getattr(self, name)} must be above 0")
         for name in ("prompt_sec", "audio_streams"):
             if getattr(self, name) < 0:
-                raise UserError(f"long_generation.{name}={getattr(self, name)} must be at least 0")
+                raise UserError(f"run.{name}={getattr(self, name)} must be at least 0")
         if self.seconds is not None and self.seconds <= self.prompt_sec:
             raise UserError(
-                f"long_generation.seconds={self.seconds} must be longer than "
-                f"long_generation.prompt_sec={self.prompt_sec}; nothing would be generated"
+                f"run.seconds={self.seconds} must be longer than "
+                f"run.prompt_sec={self.prompt_sec}; nothing would be generated"
             )
 
     def steps(self, clock: Clock, context_steps: int) -> int:
@@ -191,7 +191,7 @@ def choose_prompts(
     if not usable:
         raise UserError(
             f"no held-out recording is longer than the prompt of {prompt_steps} steps; lower "
-            "long_generation.prompt_sec or add a longer recording to data.val_manifest"
+            "run.prompt_sec or add a longer recording to data.val_manifest"
         )
     rounds = -(-prompts // len(usable))
     starts = []
