@@ -295,16 +295,6 @@ def _write_folder(
         folder / "events.jsonl", lambda file: file.write(("\n".join(lines) + "\n").encode())
     )
     write_json(folder / "nll.json", nll)
-    rings = [
-        {
-            "module": ring.module,
-            "capacity": ring.capacity,
-            "end_offset": ring.end_offset,
-            "evicted_steps": ring.evicted_steps,
-            "wraps": ring.wraps,
-        }
-        for ring in trace.rings
-    ]
     write_json(
         folder / "summary.json",
         {
@@ -317,7 +307,7 @@ def _write_folder(
             "wall_sec": wall_sec,
             "steps_per_sec": scalars["longgen/steps_per_sec"],
             "jumps": [jump.record(trace.clock) for jump in jumps],
-            "rings": rings,
+            "rings": [ring.record() for ring in trace.rings],
             "scalars": scalars,
         },
     )

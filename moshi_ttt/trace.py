@@ -76,6 +76,16 @@ class CacheSnapshot:
         """Completed turns of the ring: times a write went back to slot 0."""
         return max(0, self.end_offset - 1) // self.capacity
 
+    def record(self) -> dict[str, Any]:
+        """The ring in `summary.json`."""
+        return {
+            "module": self.module,
+            "capacity": self.capacity,
+            "end_offset": self.end_offset,
+            "evicted_steps": self.evicted_steps,
+            "wraps": self.wraps,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Event:

@@ -100,16 +100,7 @@ def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int
     ]
     lines = [json.dumps(event.record(trace.clock)) for event in events]
     (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
-    rings = [
-        {
-            "module": ring.module,
-            "capacity": ring.capacity,
-            "end_offset": ring.end_offset,
-            "evicted_steps": ring.evicted_steps,
-            "wraps": ring.wraps,
-        }
-        for ring in trace.rings
-    ]
+    rings = [ring.record() for ring in trace.rings]
     if nll:
         windows = trace.steps // 63
         losses = {
