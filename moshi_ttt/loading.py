@@ -123,17 +123,14 @@ class ModelSource:
         return self._info.get_text_tokenizer()
 
     @cached_property
-    def _codec_digest(self) -> str:
+    def codec_fingerprint(self) -> str:
+        """Hash of the codec's weights and config: equal fingerprints encode equally."""
         config = json.dumps(self._info.mimi_config or loaders._mimi_config, sort_keys=True)
         digest = hashlib.sha256(config.encode())
         with self._info.mimi_weights.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
         return digest.hexdigest()
-
-    def codec_fingerprint(self) -> str:
-        """Hash of the codec's weights and config: equal fingerprints encode equally."""
-        return self._codec_digest
 
 
 def open_source(name: str) -> ModelSource:

@@ -33,7 +33,7 @@ class LoudnessCodec(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(3))  # drawn, as a real codec's are
+        self.weight = nn.Parameter(torch.zeros(3))
         self.encoded: list[str] = []
 
     def encode(self, audio: Tensor) -> Tensor:
@@ -53,11 +53,8 @@ class FakeSource:
     text_padding_id, end_of_text_padding_id = PAD, END_PAD
 
     def __init__(self, fingerprint: str = "codec-1") -> None:
-        self.fingerprint = fingerprint
+        self.codec_fingerprint = fingerprint
         self.codecs: list[LoudnessCodec] = []
-
-    def codec_fingerprint(self) -> str:
-        return self.fingerprint
 
     def codec(self, device: str) -> LoudnessCodec:
         self.codecs.append(LoudnessCodec())

@@ -15,6 +15,7 @@ from moshi_ttt.data import RecordingReader, read_manifest
 from moshi_ttt.data.cache import CodeCache
 from moshi_ttt.data.codes import encode_recording
 from moshi_ttt.errors import UserError
+from moshi_ttt.loading import open_source
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,9 @@ def test_another_codec_encodes_again(tmp_path: Path) -> None:
 def test_encoding_leaves_the_random_state_alone(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.jsonl", {"a.wav": 1.0})
     before = torch.get_rng_state()
-    RecordingReader(FakeSource(), tmp_path / "cache").audio_codes(read_manifest(manifest)[0])
+    # a real codec: moshi draws random weights before it loads them
+    source = open_source("tiny")
+    RecordingReader(source, tmp_path / "cache").audio_codes(read_manifest(manifest)[0])
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -47,7 +47,7 @@ def test_a_local_folder_loads_like_the_bundle_and_never_asks_the_network(tmp_pat
     assert all(
         torch.equal(value, weights[name]) for name, value in bundle.lm().state_dict().items()
     )
-    assert folder.codec_fingerprint() == bundle.codec_fingerprint()
+    assert folder.codec_fingerprint == bundle.codec_fingerprint
     assert folder.clock == bundle.clock
     assert (folder.n_q, folder.dep_q, folder.text_padding_id) == (16, 8, 3)
     assert folder.tokenizer().encode("hello") == bundle.tokenizer().encode("hello")

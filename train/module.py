@@ -132,7 +132,8 @@ class MoshiTTT(LightningModule):
         """Lightning's hook for expensive construction."""
         if hasattr(self, "lm"):
             return
-        self.check()
+        if not hasattr(self, "source"):
+            self.check()
         self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
         # moshi loads in eval mode and Lightning keeps the mode it finds; dropout needs this
         self.lm.train()

@@ -49,7 +49,7 @@ class RecordingReader:
         self._cache = CodeCache(
             cache_dir,
             {
-                "codec": source.codec_fingerprint(),
+                "codec": source.codec_fingerprint,
                 "sample_rate": clock.sample_rate,
                 "samples_per_step": clock.samples_per_step,
                 "codebooks": source.n_q,
@@ -81,10 +81,7 @@ class RecordingReader:
 
     def _encode(self, missing: Mapping[Path, ManifestEntry]) -> dict[Path, Tensor]:
         """Encode and cache; the codec is freed on return."""
-        # building a codec draws random weights before it loads the real ones: training must not
-        # depend on whether the cache was warm
-        with torch.random.fork_rng():
-            codec = self._source.codec("cuda" if torch.cuda.is_available() else "cpu")
+        codec = self._source.codec("cuda" if torch.cuda.is_available() else "cpu")
         encoded: dict[Path, Tensor] = {}
         problems = []
         seconds = round(sum(entry.duration_sec for entry in missing.values()))
