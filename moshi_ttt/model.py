@@ -21,8 +21,10 @@ from moshi_ttt.loading import ModelSource, open_source
 from moshi_ttt.memory import MemoryConfig, resolve_layers
 from moshi_ttt.trace import write_atomic
 
-Trained = Literal["memory", "lora", "memory+lora", "full"]
+Trained = Literal["memory", "lora", "memory+lora", "base", "full"]
 Dtype = Literal["float32", "bfloat16"]
+TRAIN_BASE = ("base", "full")  # Moshi's own weights learn
+WITH_MEMORY = ("memory", "memory+lora", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,11 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        if self.train == "full" and self.dtype != "float32":
+        if self.train in TRAIN_BASE and self.dtype != "float32":
             raise UserError(
-                "model.train=full with model.dtype=bfloat16 would lose small updates of the base "
-                "weights; set model.dtype=float32 (and trainer.precision=bf16-mixed for speed)"
+                f"model.train={self.train} with model.dtype=bfloat16 would lose small updates of "
+                "the base weights; set model.dtype=float32 (and trainer.precision=bf16-mixed for "
+                "speed)"
             )
         if self.context_steps is not None and self.context_steps < 2:
             raise UserError(
@@ -55,7 +58,7 @@ def check_fits(config: ModelConfig, source: ModelSource) -> None:
     Raises:
         UserError: the memory's layers or heads do not fit the model.
     """
-    if config.train != "lora":
+    if config.train in WITH_MEMORY:
         resolve_layers(config.memory.layers, source.num_layers)
         config.memory.resolved_head_dim(source.dim)
 
@@ -68,7 +71,8 @@ def build_lm(
 ) -> LMModel:
     """Load the base, add LoRA and memory as `config.train` says, freeze the rest.
 
-    `lora` adds no memory, `memory` no LoRA; `full` adds a memory and trains everything.
+    `memory` and `lora` leave Moshi's own weights alone; `base` trains them and adds nothing, which
+    is plain Moshi from wherever `source` starts; `full` trains them and a memory.
 
     Args:
         config: what to build.
@@ -82,10 +86,10 @@ def build_lm(
         context_steps=config.context_steps,
         gradient_checkpointing=gradient_checkpointing,
     )
-    lm.requires_grad_(config.train == "full")
+    lm.requires_grad_(config.train in TRAIN_BASE)
     if "lora" in config.train:
         add_lora(lm, config.lora)
-    if config.train != "lora":
+    if config.train in WITH_MEMORY:
         add_memory(lm, config.memory)
     return lm
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from moshi_ttt.errors import UserError
+from moshi_ttt.hybrid import hybrid_layers
 from moshi_ttt.loading import ASSETS, open_source
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model import (
@@ -129,6 +131,7 @@ def config(train: str, **more: object) -> ModelConfig:
         ("memory", {"memory", "gates"}),
         ("lora", {"rest"}),
         ("memory+lora", {"memory", "gates", "rest"}),
+        ("base", {"rest"}),
         ("full", {"memory", "gates", "rest"}),
     ],
 )
@@ -140,7 +143,10 @@ def test_what_trains_is_one_field_and_comes_back_from_its_file(
     lm = build_lm(chosen, source)
     found = trainable_groups(lm)
     assert set(found) == groups
-    assert all("lora_" in name for name in found.get("rest", {})) == (train != "full")
+    assert all("lora_" in name for name in found.get("rest", {})) == (
+        train not in ("base", "full")
+    )
+    assert bool(hybrid_layers(lm)) == (train not in ("lora", "base"))
     with torch.no_grad():
         for group in found.values():
             for parameter in group.values():
@@ -154,9 +160,10 @@ def test_what_trains_is_one_field_and_comes_back_from_its_file(
     assert all(torch.equal(value, state[name]) for name, value in lm.state_dict().items())
 
 
-def test_full_training_in_bf16_is_refused() -> None:
-    with pytest.raises(UserError, match=r"model\.train=full.*float32"):
-        ModelConfig(source="tiny", dtype="bfloat16", context_steps=None, train="full")
+@pytest.mark.parametrize("train", ["base", "full"])
+def test_training_base_weights_in_bf16_is_refused(train: Any) -> None:
+    with pytest.raises(UserError, match=rf"model\.train={train}.*float32"):
+        ModelConfig(source="tiny", dtype="bfloat16", context_steps=None, train=train)
 
 
 def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ class MoshiTTT(LightningModule):
         context_steps: Attention window and ring capacity C of the temporal transformer in steps
             of 80 ms, in training and in generation; null keeps the checkpoint's own.
         gradient_checkpointing: Recompute each layer in the backward pass; less memory, more time.
-        train: What learns: `memory` (base frozen), `lora`, `memory+lora`, or `full`.
+        train: What learns: `memory` or `lora` or `memory+lora` on a frozen Moshi, `base` (Moshi's
+            own weights, nothing added), or `full` (Moshi and a memory).
         memory: The test-time-training memory.
         lora: Low-rank adapters, where `train` asks for them.
         loss: Weights of the loss terms.
