@@ -132,6 +132,13 @@ class ModelSource:
                 digest.update(block)
         return digest.hexdigest()
 
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer and the padding ids: equal fingerprints give equal text rows."""
+        digest = hashlib.sha256(self._info.tokenizer.read_bytes())
+        digest.update(json.dumps([self.text_padding_id, self.end_of_text_padding_id]).encode())
+        return digest.hexdigest()
+
 
 def open_source(name: str) -> ModelSource:
     """Find a model by name; reads configs, not weights.

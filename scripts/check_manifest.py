@@ -1,7 +1,9 @@
 """Check a data manifest without training: `python scripts/check_manifest.py my.jsonl`.
 
-Opens and decodes every recording, reads every alignment file, and prints totals, warnings and
-problems. Exit status: 0 usable, 1 problems, 2 wrong arguments or an unreadable manifest.
+Opens and decodes every recording or codes file, reads every alignment file, and prints totals,
+warnings and problems.
+
+Exit status: 0 usable, 1 problems, 2 wrong arguments or an unreadable manifest.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moshi_ttt.data import ManifestCheck, check_manifest
+from moshi_ttt.data import CodesFormat, ManifestCheck, check_manifest
 from moshi_ttt.errors import UserError
 from moshi_ttt.loading import open_source
 
@@ -28,14 +30,17 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument(
         "--source",
         default="tiny",
-        help="model whose tokenizer counts the text tokens: tiny, a folder or a hub id",
+        help="model whose tokenizer counts the text tokens, and that codes files must have been "
+        "made with: tiny, a folder or a hub id",
     )
     options = parser.parse_args(args)
     try:
         source = open_source(options.source)
         tokenizer = source.tokenizer()
+        codes_format = CodesFormat.of(source)
         checks = [
-            check_manifest(path, source.clock, tokenizer, decode=True) for path in options.manifest
+            check_manifest(path, source.clock, tokenizer, decode=True, codes_format=codes_format)
+            for path in options.manifest
         ]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,6 +61,7 @@ def describe(check: ManifestCheck) -> str:
         f"  words of Moshi       {check.words:>10}",
         f"  text tokens          {tokens:>10}",
         f"  dropped text tokens  {check.dropped_text_tokens:>10}  ({share}; a token needs a step)",
+        f"  memory probes        {check.probes:>10}",
         f"  warnings             {len(check.warnings):>10}",
         f"  problems             {len(check.problems):>10}",
         *(f"warning: {text}" for text in check.warnings),

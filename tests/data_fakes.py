@@ -54,6 +54,7 @@ class FakeSource:
 
     def __init__(self, fingerprint: str = "codec-1") -> None:
         self.codec_fingerprint = fingerprint
+        self.tokenizer_fingerprint = "letters"
         self.codecs: list[LoudnessCodec] = []
 
     def codec(self, device: str) -> LoudnessCodec:

@@ -1,17 +1,22 @@
 """From a manifest of stereo recordings to codes that a language model can be trained on.
 
-`manifest` and `alignments` check what the user wrote, `audio` and `codes` turn sound into codes
-(once: `cache`), `text` lays the words over the steps, `windows` cuts and deals the clips.
+`manifest`, `alignments` and `probes` check what the user wrote, `audio` and `codes` turn sound into
+codes (once: `cache`, or `codes_file` in place of the audio), `text` lays the words over the steps,
+`windows` cuts and deals the clips.
 """
 
+from moshi_ttt.data.codes_file import CodesFormat
 from moshi_ttt.data.manifest import ManifestCheck, ManifestEntry, check_manifest, read_manifest
+from moshi_ttt.data.probes import Probe
 from moshi_ttt.data.recordings import EncodedRecording, RecordingReader
 from moshi_ttt.data.windows import WindowLoader
 
 __all__ = [
+    "CodesFormat",
     "EncodedRecording",
     "ManifestCheck",
     "ManifestEntry",
+    "Probe",
     "RecordingReader",
     "WindowLoader",
     "check_manifest",

@@ -1,4 +1,7 @@
-"""Reading and checking manifests: `{"path": "a.wav", "duration": 24.5}`, one recording a line."""
+"""Reading and checking manifests: `{"path": "a.wav", "duration": 24.5}`, one recording a line.
+
+A line may name a codes file (`a.npz`, from scripts/encode_manifest.py) in place of the audio.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from moshi_ttt.clock import Clock
 from moshi_ttt.data.alignments import read_alignments
 from moshi_ttt.data.audio import inspect_audio, read_audio
-from moshi_ttt.data.text import Tokenizer, text_stream
+from moshi_ttt.data.codes_file import CODES_SUFFIX, CodesFormat, read_codes
+from moshi_ttt.data.probes import read_probes
+from moshi_ttt.data.text import TextStream, Tokenizer, text_stream
 from moshi_ttt.errors import UserError
 
 SHOWN_PROBLEMS = 20
@@ -23,13 +30,19 @@ class ManifestEntry:
     line: int
     name: str
     """Path as the manifest spells it."""
-    audio_path: Path
+    path: Path
+    """Audio, or a codes file that was made of it."""
     duration_sec: float
 
     @property
+    def is_encoded(self) -> bool:
+        """Whether the line names a codes file."""
+        return self.path.suffix == CODES_SUFFIX
+
+    @property
     def alignments_path(self) -> Path:
-        """The word alignments beside the audio."""
-        return self.audio_path.with_suffix(".json")
+        """The word alignments beside the recording; a codes file holds its text and needs none."""
+        return self.path.with_suffix(".json")
 
 
 @dataclass(slots=True)
@@ -40,7 +53,9 @@ class ManifestCheck:
     recordings: int = 0
     duration_sec: float = 0.0
     words: int = 0
-    """The main speaker's usable words."""
+    """The main speaker's usable words, where alignments are at hand."""
+    probes: int = 0
+    """Memory probes that the main speaker answers."""
     text_tokens: int = 0
     dropped_text_tokens: int = 0
     """Tokens that found no step because the next word came first."""
@@ -110,6 +125,7 @@ def check_manifest(
     tokenizer: Tokenizer,
     *,
     decode: bool,
+    codes_format: CodesFormat | None = None,
 ) -> ManifestCheck:
     """Open everything a manifest names and collect all that is wrong.
 
@@ -119,6 +135,8 @@ def check_manifest(
         tokenizer: counts text tokens.
         decode: also decode every sample, which finds damage behind an intact header; slow, and
             done anyway when a recording is first encoded.
+        codes_format: what codes files must have been made with; None leaves that to whoever
+            reads them (`RecordingReader` always checks).
 
     Raises:
         UserError: the manifest itself cannot be read, or has no lines.
@@ -127,42 +145,86 @@ def check_manifest(
     check = ManifestCheck(path, recordings=len(entries), problems=problems)
     for entry in entries:
         try:
-            _check_entry(entry, clock, tokenizer, decode, check)
+            if entry.is_encoded:
+                _check_codes(entry, clock, tokenizer, codes_format, check)
+            else:
+                _check_audio(entry, clock, tokenizer, decode, check)
         except UserError as error:
             check.problems.append(f"line {entry.line}: {error}")
     return check
 
 
-def _check_entry(
+def _check_audio(
     entry: ManifestEntry, clock: Clock, tokenizer: Tokenizer, decode: bool, check: ManifestCheck
 ) -> None:
-    duration_sec, sample_rate = inspect_audio(entry.audio_path)
+    duration_sec, sample_rate = inspect_audio(entry.path)
     if decode:
-        read_audio(entry.audio_path, sample_rate)
-    if abs(duration_sec - entry.duration_sec) > clock.step_sec:
-        check.problems.append(
-            f"line {entry.line}: duration={entry.duration_sec:g} but {entry.audio_path} lasts "
-            f"{duration_sec:.3f} s; they may differ by {clock.step_sec:g} s: correct the line"
-        )
+        read_audio(entry.path, sample_rate)
     if sample_rate != clock.sample_rate:
         check.warnings.append(
-            f"line {entry.line}: {entry.audio_path} is resampled from {sample_rate} to "
+            f"line {entry.line}: {entry.path} is resampled from {sample_rate} to "
             f"{clock.sample_rate} Hz"
         )
+    _check_duration(entry, duration_sec, clock, check)
+    stream = _check_words(entry, duration_sec, None, clock, tokenizer, check)
+    if stream is not None:
+        check.text_tokens += stream.written_tokens
+        check.dropped_text_tokens += stream.dropped_tokens
+
+
+def _check_codes(
+    entry: ManifestEntry,
+    clock: Clock,
+    tokenizer: Tokenizer,
+    codes_format: CodesFormat | None,
+    check: ManifestCheck,
+) -> None:
+    codes = read_codes(entry.path, codes_format)
+    duration_sec = clock.seconds(codes.shape[-1])
+    _check_duration(entry, duration_sec, clock, check)
+    if codes_format is not None:
+        check.text_tokens += codes_format.text_tokens(codes)
+    if entry.alignments_path.is_file():
+        _check_words(entry, duration_sec, codes[0], clock, tokenizer, check)
+
+
+def _check_duration(
+    entry: ManifestEntry, duration_sec: float, clock: Clock, check: ManifestCheck
+) -> None:
+    check.duration_sec += duration_sec
+    if abs(duration_sec - entry.duration_sec) > clock.step_sec:
+        check.problems.append(
+            f"line {entry.line}: duration={entry.duration_sec:g} but {entry.path} lasts "
+            f"{duration_sec:.3f} s; they may differ by {clock.step_sec:g} s: correct the line"
+        )
+
+
+def _check_words(
+    entry: ManifestEntry,
+    duration_sec: float,
+    text_row: Tensor | None,
+    clock: Clock,
+    tokenizer: Tokenizer,
+    check: ManifestCheck,
+) -> TextStream | None:
+    """Check alignments and probes, against a `text_row` [T] where there is one already."""
     found = read_alignments(entry.alignments_path, duration_sec, clock.step_sec)
     check.problems += [f"line {entry.line}: {problem}" for problem in found.problems]
     check.warnings += [f"line {entry.line}: {warning}" for warning in found.warnings]
-    check.duration_sec += duration_sec
-    if found.words and not found.problems:
-        # only the counts are used, so the ids of padding do not matter
-        stream = text_stream(
-            found.words,
-            tokenizer,
-            clock.steps(duration_sec),
-            clock,
-            padding_id=0,
-            end_of_padding_id=0,
-        )
-        check.words += len(found.words)
-        check.text_tokens += stream.written_tokens
-        check.dropped_text_tokens += stream.dropped_tokens
+    if found.words is None or found.problems:
+        return None
+    # only counts and places are used, so the ids of padding do not matter
+    stream = text_stream(
+        found.words,
+        tokenizer,
+        clock.steps(duration_sec),
+        clock,
+        padding_id=0,
+        end_of_padding_id=0,
+    )
+    row = stream.tokens if text_row is None else text_row
+    probes, problems = read_probes(entry.alignments_path, found.words, stream, row, tokenizer)
+    check.words += len(found.words)
+    check.probes += len(probes)
+    check.problems += [f"line {entry.line}: {problem}" for problem in problems]
+    return stream

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moshi_ttt.data.alignments import read_alignments
+from moshi_ttt.data.alignments import Word, read_alignments
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.cache import CodeCache
 from moshi_ttt.data.codes import encode_recording
+from moshi_ttt.data.codes_file import CodesFormat, read_codes
 from moshi_ttt.data.manifest import ManifestEntry, raise_together
-from moshi_ttt.data.text import text_stream
+from moshi_ttt.data.probes import Probe, read_probes
+from moshi_ttt.data.text import TextStream, Tokenizer, text_stream
 from moshi_ttt.errors import UserError
 from moshi_ttt.loading import ModelSource
 
@@ -28,6 +30,8 @@ class EncodedRecording:
     """Path as the manifest spells it."""
     codes: Tensor
     """[17, T] int64: text, Moshi's 8 codebooks, the user's 8; -1 where nothing is known."""
+    probes: tuple[Probe, ...] = ()
+    """Facts that Moshi's side is asked for."""
 
     @property
     def steps(self) -> int:
@@ -36,7 +40,7 @@ class EncodedRecording:
 
 
 class RecordingReader:
-    """Turns manifest entries into codes, encoding only what the cache does not hold.
+    """Turns manifest entries into codes, encoding only what is neither encoded nor cached.
 
     Args:
         source: whose codec and tokenizer are used.
@@ -64,9 +68,32 @@ class RecordingReader:
         Raises:
             UserError: naming every recording that could not be read; the others are cached.
         """
-        codes = [self._cache.load(entry.audio_path) for entry in entries]
+        whole = self._read_files([entry for entry in entries if entry.is_encoded])
+        audio = self._encode_all([entry for entry in entries if not entry.is_encoded])
+        return [
+            whole[entry.path][1:] if entry.is_encoded else audio[entry.path] for entry in entries
+        ]
+
+    def _read_files(self, entries: Sequence[ManifestEntry]) -> dict[Path, Tensor]:
+        """Codes of codes files by path, [17, T] int64 each."""
+        if not entries:
+            return {}
+        codes_format = CodesFormat.of(self._source)
+        codes: dict[Path, Tensor] = {}
+        problems = []
+        for entry in entries:
+            try:
+                codes[entry.path] = read_codes(entry.path, codes_format)
+            except UserError as error:
+                problems.append(f"line {entry.line}: {error}")
+        raise_together("reading codes", problems)
+        return codes
+
+    def _encode_all(self, entries: Sequence[ManifestEntry]) -> dict[Path, Tensor]:
+        """Codes of audio files by path, [16, T] int64 each, from the cache where it has them."""
+        codes = [self._cache.load(entry.path) for entry in entries]
         # by content: a recording that is listed twice is encoded once
-        keys = [self._cache.path(entry.audio_path) for entry in entries]
+        keys = [self._cache.path(entry.path) for entry in entries]
         missing = {
             key: entry
             for key, entry, found in zip(keys, entries, codes, strict=True)
@@ -75,9 +102,10 @@ class RecordingReader:
         encoded = self._encode(missing) if missing else {}
         if missing and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return [
-            encoded[key] if found is None else found for key, found in zip(keys, codes, strict=True)
-        ]
+        return {
+            entry.path: encoded[key] if found is None else found
+            for entry, key, found in zip(entries, keys, codes, strict=True)
+        }
 
     def _encode(self, missing: Mapping[Path, ManifestEntry]) -> dict[Path, Tensor]:
         """Encode and cache; the codec is freed on return."""
@@ -88,37 +116,52 @@ class RecordingReader:
         with tqdm(total=seconds, desc="encoding audio", unit="s", unit_scale=True) as bar:
             for key, entry in missing.items():
                 try:
-                    audio = read_audio(entry.audio_path, self._source.clock.sample_rate)
+                    audio = read_audio(entry.path, self._source.clock.sample_rate)
                 except UserError as error:
                     problems.append(f"line {entry.line}: {error}")
                     continue
                 encoded[key] = encode_recording(codec, audio)
-                self._cache.store(entry.audio_path, encoded[key])
+                self._cache.store(entry.path, encoded[key])
                 bar.update(round(entry.duration_sec))
         raise_together("encoding audio", problems)
         return encoded
 
     def read(self, entries: Sequence[ManifestEntry]) -> list[EncodedRecording]:
-        """Audio codes of every entry under the text row of its alignments.
+        """Audio codes of every entry under the text row of its alignments, and its probes.
 
         Raises:
             UserError: a recording or its alignments could not be read.
         """
         tokenizer = self._source.tokenizer()
-        clock = self._source.clock
+        whole = self._read_files([entry for entry in entries if entry.is_encoded])
+        audio = self._encode_all([entry for entry in entries if not entry.is_encoded])
         recordings = []
-        for entry, audio in zip(entries, self.audio_codes(entries), strict=True):
-            steps = audio.shape[-1]
-            found = read_alignments(entry.alignments_path, clock.seconds(steps), clock.step_sec)
-            raise_together(entry.name, found.problems)
-            stream = text_stream(
-                found.words,
-                tokenizer,
-                steps,
-                clock,
-                padding_id=self._source.text_padding_id,
-                end_of_padding_id=self._source.end_of_text_padding_id,
-            )
-            codes = torch.cat([stream.tokens[None], audio])
-            recordings.append(EncodedRecording(entry.name, codes))
+        for entry in entries:
+            codes = whole[entry.path] if entry.is_encoded else audio[entry.path]
+            words, stream = self._text(entry, codes.shape[-1], tokenizer)
+            if not entry.is_encoded:
+                codes = torch.cat([stream.tokens[None], codes])
+            probes: tuple[Probe, ...] = ()
+            if words is not None:
+                probes, problems = read_probes(
+                    entry.alignments_path, words, stream, codes[0], tokenizer
+                )
+                raise_together(entry.name, problems)
+            recordings.append(EncodedRecording(entry.name, codes, probes))
         return recordings
+
+    def _text(
+        self, entry: ManifestEntry, steps: int, tokenizer: Tokenizer
+    ) -> tuple[list[Word] | None, TextStream]:
+        """Words beside a recording (None if there is no such file), laid over its steps."""
+        clock = self._source.clock
+        found = read_alignments(entry.alignments_path, clock.seconds(steps), clock.step_sec)
+        raise_together(entry.name, found.problems)
+        return found.words, text_stream(
+            found.words,
+            tokenizer,
+            steps,
+            clock,
+            padding_id=self._source.text_padding_id,
+            end_of_padding_id=self._source.end_of_text_padding_id,
+        )

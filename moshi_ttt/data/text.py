@@ -36,6 +36,8 @@ class TextStream:
     written_tokens: int
     dropped_tokens: int
     """Tokens of words that the next word cut short: speech faster than a token a step."""
+    word_steps: tuple[range, ...]
+    """Of each word, the steps that hold its tokens; empty if all of them were dropped."""
 
 
 def text_stream(
@@ -61,22 +63,26 @@ def text_stream(
         end_of_padding_id: token of the last padding step before a word.
     """
     if words is None:
-        return TextStream(torch.full((steps,), ZERO_TOKEN), 0, 0)
+        return TextStream(torch.full((steps,), ZERO_TOKEN), 0, 0, ())
     tokens = [padding_id] * steps
     waiting = deque(words)
     unfinished: deque[int] = deque()
+    word_steps: list[range] = []
     written = dropped = 0
     for step in range(steps):
         while waiting and _step_of(waiting[0], clock) <= step:
             dropped += len(unfinished)
             unfinished = deque(tokenizer.encode(waiting.popleft().text))
+            word_steps.append(range(step, step))
         if unfinished:
             if step > 0 and tokens[step - 1] == padding_id:
                 tokens[step - 1] = end_of_padding_id
             tokens[step] = unfinished.popleft()
+            word_steps[-1] = range(word_steps[-1].start, step + 1)
             written += 1
     dropped += len(unfinished) + sum(len(tokenizer.encode(word.text)) for word in waiting)
-    return TextStream(torch.tensor(tokens), written, dropped)
+    word_steps += [range(steps, steps) for _ in waiting]
+    return TextStream(torch.tensor(tokens), written, dropped, tuple(word_steps))
 
 
 def _step_of(word: Word, clock: Clock) -> int:

@@ -1,0 +1,140 @@
+"""Recordings that were encoded before: one `.npz` in place of the audio, about 1 MB an hour.
+
+Codes say nothing without the codec and the tokenizer they were made with, so the file names both
+by fingerprint, and is refused by every other model.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moshi_ttt.data.text import ZERO_TOKEN
+from moshi_ttt.errors import UserError
+from moshi_ttt.loading import ModelSource
+from moshi_ttt.trace import write_atomic
+
+CODES_SUFFIX = ".npz"
+LARGEST_CODE = 2047  # Mimi's codebooks have 2048 entries, smaller codecs fewer
+REMEDY = "encode the recording again with scripts/encode_manifest.py"
+
+
+@dataclass(frozen=True, slots=True)
+class CodesFormat:
+    """What codes must have been made with to mean something to a model."""
+
+    codec: str
+    """`ModelSource.codec_fingerprint`."""
+    tokenizer: str
+    """`ModelSource.tokenizer_fingerprint`."""
+    codebooks: int
+    """Audio rows: Moshi's and the user's."""
+    padding_ids: tuple[int, int]
+    """Text tokens of steps without a word: padding, end of padding."""
+
+    @classmethod
+    def of(cls, source: ModelSource) -> CodesFormat:
+        """The format that a model reads."""
+        return cls(
+            source.codec_fingerprint,
+            source.tokenizer_fingerprint,
+            source.n_q,
+            (source.text_padding_id, source.end_of_text_padding_id),
+        )
+
+    def text_tokens(self, codes: Tensor) -> int:
+        """Tokens of words in the text row of `codes` [17, T]."""
+        silent = torch.tensor([ZERO_TOKEN, *self.padding_ids])
+        return int((~torch.isin(codes[0], silent)).sum())
+
+
+def write_codes(path: Path, codes: Tensor, made_with: CodesFormat, made_of: str) -> None:
+    """Write a codes file, atomically; equal contents give equal bytes.
+
+    Args:
+        path: ends in `.npz`.
+        codes: [17, T] text, Moshi's 8 codebooks, the user's 8; every value below 32768.
+        made_with: fingerprints to write beside them.
+        made_of: fingerprint of the recording, by which `written_from` knows it again.
+    """
+    arrays = {
+        "codes": codes.to(torch.int16).numpy(),
+        "codec": np.array(made_with.codec),
+        "tokenizer": np.array(made_with.tokenizer),
+        "made_of": np.array(made_of),
+    }
+    write_atomic(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+
+
+def read_codes(path: Path, expected: CodesFormat | None) -> Tensor:
+    """Read a codes file.
+
+    Args:
+        path: the file.
+        expected: format of the model that will read the codes; None checks only what needs no
+            model.
+
+    Returns:
+        [17, T] int64: text, Moshi's 8 codebooks, the user's 8; -1 where nothing is known.
+
+    Raises:
+        UserError: missing, damaged, of a wrong shape or range, or made with another codec or
+            tokenizer.
+    """
+    found = _load(path)
+    codes = found["codes"]
+    rows = "1 + codebooks" if expected is None else str(1 + expected.codebooks)
+    right = codes.dtype == np.int16 and codes.ndim == 2 and codes.size > 0
+    if not right or (expected is not None and len(codes) != 1 + expected.codebooks):
+        raise UserError(
+            f"{path}: codes are {codes.dtype} {list(codes.shape)}; the rule is int16 [{rows}, "
+            f"steps], text above Moshi's codebooks above the user's: {REMEDY}"
+        )
+    low, high = int(codes.min()), int(codes[1:].max(initial=ZERO_TOKEN))
+    if low < ZERO_TOKEN or high > LARGEST_CODE:
+        wrong = low if low < ZERO_TOKEN else high
+        raise UserError(
+            f"{path}: code {wrong} is outside {ZERO_TOKEN}..{LARGEST_CODE} ({ZERO_TOKEN} is "
+            f"unknown); {REMEDY}"
+        )
+    if expected is not None:
+        for what in ("codec", "tokenizer"):
+            got, wanted = str(found[what]), getattr(expected, what)
+            if got != wanted:
+                raise UserError(
+                    f"{path} was made with {what} {got[:12]}, and the model has {what} "
+                    f"{wanted[:12]}; {REMEDY}, or use the model it was made for"
+                )
+    return torch.from_numpy(codes.astype(np.int64))
+
+
+def written_from(path: Path, made_with: CodesFormat, made_of: str) -> bool:
+    """Whether `path` is a whole codes file of just this recording in just this format."""
+    try:
+        read_codes(path, made_with)
+        return str(_load(path).get("made_of")) == made_of
+    except UserError:
+        return False
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UserError(
+            f"codes file {path} does not exist; paths are relative to the manifest: correct the "
+            "path or remove the line"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or {REMEDY}") from error
+    missing = {"codes", "codec", "tokenizer"} - found.keys()
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; {REMEDY}")
+    return found

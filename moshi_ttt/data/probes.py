@@ -1,0 +1,112 @@
+"""Memory probes: facts that one side plants, asks for later, and hears from the other side.
+
+They stand in the JSON beside a recording, under `probes`; scripts/make_conversations.py writes
+them. What a model is asked for are the tokens of the answer, so a probe is kept as their steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moshi_ttt.data.alignments import MAIN_SPEAKER, Word
+from moshi_ttt.data.text import TextStream, Tokenizer
+
+RULE = (
+    'each probe is {"kind": "code", "answered_by": "SPEAKER_MAIN", "answer": [["four", '
+    '[start_sec, end_sec]], ...], "gap_sec": 40.2, "chance": 0.1, ...}, its answer words as they '
+    "stand in the alignments"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A fact that Moshi's side is asked for."""
+
+    kind: str
+    """What was planted: `code`, `colour`, ..."""
+    gap_sec: float
+    """From the end of the last mention of the fact to the start of the question."""
+    chance: float
+    """Of guessing a word of the answer for one who knows only the kind."""
+    answer_steps: tuple[range, ...]
+    """Of each word of the answer, the steps of its tokens in the text row."""
+
+
+def read_probes(
+    path: Path,
+    words: Sequence[Word],
+    layout: TextStream,
+    text_row: Tensor,
+    tokenizer: Tokenizer,
+) -> tuple[tuple[Probe, ...], list[str]]:
+    """Read the probes of one recording that Moshi's side answers: only its words are tokens.
+
+    A word that the next one cuts short counts with the tokens that were written; a word without
+    any is left out.
+
+    Args:
+        path: JSON file whose alignments were read without a problem.
+        words: the main speaker's, from those alignments.
+        layout: of those words.
+        text_row: [T] what the model reads, which must hold the words where the layout says.
+        tokenizer: that the row was made with.
+
+    Returns:
+        The probes, and problems, each naming the file.
+    """
+    items = json.loads(path.read_text(encoding="utf-8")).get("probes", [])
+    if not isinstance(items, list):
+        return (), [f"{path}: probes={str(items)[:40]} is not a list; {RULE}"]
+    steps_of = {
+        (word.text, word.start_sec): steps
+        for word, steps in zip(words, layout.word_steps, strict=True)
+    }
+    probes, problems = [], []
+    for number, item in enumerate(items):
+        try:
+            if item["answered_by"] != MAIN_SPEAKER:
+                continue
+            answer = [(text.strip(), float(start)) for text, (start, _) in item["answer"]]
+            for text, start in answer:
+                if (text, start) not in steps_of:
+                    raise ValueError(f"the main speaker says no {text!r} at {start:g} s")
+            probe = Probe(
+                str(item["kind"]),
+                _number(item, "gap_sec", math.inf),
+                _number(item, "chance", 1.0),
+                tuple(steps_of[word] for word in answer if steps_of[word]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(
+                f"{path}: probe {number} is malformed ({type(error).__name__}: {error}); {RULE}"
+            )
+            continue
+        for word in answer:
+            steps = steps_of[word]
+            expected = tokenizer.encode(word[0])[: len(steps)]
+            if text_row[steps.start : steps.stop].tolist() != expected:
+                problems.append(
+                    f"{path}: probe {number} answers {word[0]!r} at {word[1]:g} s, and the text "
+                    f"row holds other tokens at step {steps.start}; the file belongs to another "
+                    "version of the recording: restore it, or encode the recording again with "
+                    "scripts/encode_manifest.py"
+                )
+                break
+        else:
+            if probe.answer_steps:
+                probes.append(probe)
+    return tuple(probes), problems
+
+
+def _number(item: dict[str, Any], key: str, most: float) -> float:
+    value = float(item[key])
+    if not 0 <= value <= most or math.isinf(value):
+        raise ValueError(f"{key}={value:g} is outside 0..{most:g}")
+    return value

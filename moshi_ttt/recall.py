@@ -1,0 +1,135 @@
+"""How well planted facts are remembered, against the time since they were last mentioned.
+
+A memory probe (`moshi_ttt.data.probes`) is a question whose answer was said some seconds before.
+The recording is read teacher-forced, and the words of the answer are what is measured: a model
+whose attention still reaches the fact, or whose memory holds it, names them; any other can only
+guess among the values of the kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from moshi.models.lm import LMModel, LMOutput
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from moshi_ttt.data import Probe
+
+GAP_CENTRES_SEC = (4, 10, 20, 40, 60, 90, 120, 180, 240)
+"""Middles of the bins of `ProbeRecall`; their edges are the geometric means of neighbours."""
+
+
+class ProbeRecall(Metric):
+    """NLL and accuracy of the answers of memory probes, by gap.
+
+    The NLL is over the full vocabulary, in nats a token. The accuracy is of words, *given that a
+    word is spoken*: each of its tokens must be the likeliest that is not padding. When to speak is
+    another question, and one that a model can answer without remembering anything.
+    """
+
+    full_state_update = False
+    tokens: Tensor
+    nll: Tensor
+    words: Tensor
+    right: Tensor
+    chance: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("tokens", "nll", "words", "right", "chance"):
+            zeros = torch.zeros(len(GAP_CENTRES_SEC), dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(self, lm: LMModel, output: LMOutput, codes: Tensor, probes: Sequence[Probe]) -> None:
+        """Add the answers of one recording.
+
+        Args:
+            lm: tells which text tokens are padding.
+            output: of `lm(codes)`.
+            codes: [1, K, T] from the start of the recording.
+            probes: of the recording; answers that are not wholly inside T are left out.
+        """
+        words = [
+            (gap_bin(probe.gap_sec), probe.chance, steps)
+            for probe in probes
+            if all(steps.stop <= codes.shape[-1] for steps in probe.answer_steps)
+            for steps in probe.answer_steps
+        ]
+        if not words:
+            return
+        at = torch.tensor([step for *_, steps in words for step in steps], device=codes.device)
+        assert output.text_mask[0, 0, at].all(), "the text row is known wherever a word is"
+        logits = output.text_logits[0, 0, at].float()  # [tokens, card]
+        targets = codes[0, 0, at]
+        lengths = [len(steps) for *_, steps in words]
+        nll = F.cross_entropy(logits, targets, reduction="none").double().split(lengths)
+        logits[:, [lm.text_padding_token_id, lm.end_of_text_padding_id]] = -math.inf
+        right = (logits.argmax(dim=-1) == targets).split(lengths)
+        for word, (row, chance, steps) in enumerate(words):
+            self.tokens[row] += len(steps)
+            self.nll[row] += nll[word].sum()
+            self.words[row] += 1
+            self.right[row] += right[word].all()
+            self.chance[row] += chance
+
+    def compute(self) -> dict[str, Tensor]:
+        """[bins] each: `words`, and `accuracy`, `chance` and `nll`, NaN in a bin without a word."""
+        return {
+            "words": self.words,
+            "accuracy": self.right / self.words,
+            "chance": self.chance / self.words,
+            "nll": self.nll / self.tokens,
+        }
+
+
+def gap_bin(gap_sec: float) -> int:
+    """The bin of a gap; the first and the last bin are open to their sides."""
+    return sum(gap_sec >= math.sqrt(low * high) for low, high in pairwise(GAP_CENTRES_SEC))
+
+
+def recall_record(metric: ProbeRecall) -> dict[str, list[float]] | None:
+    """Content of `probes.json`: one list a quantity over the bins that hold words.
+
+    `gap_sec` (middle of the bin), `words`, `accuracy`, `low` and `high` (95 % Wilson interval of
+    the accuracy, as if words were independent), `chance` (mean of the probes), `nll`.
+
+    Returns:
+        None if no probe was measured.
+    """
+    values = {name: value.tolist() for name, value in metric.compute().items()}
+    rows = [row for row, words in enumerate(values["words"]) if words]
+    if not rows:
+        return None
+    record = {name: [value[row] for row in rows] for name, value in values.items()}
+    intervals = [
+        wilson_interval(accuracy, words)
+        for accuracy, words in zip(record["accuracy"], record["words"], strict=True)
+    ]
+    return {
+        "gap_sec": [GAP_CENTRES_SEC[row] for row in rows],
+        **record,
+        "low": [low for low, _ in intervals],
+        "high": [high for _, high in intervals],
+    }
+
+
+def recall_scalars(record: dict[str, list[float]]) -> dict[str, float]:
+    """Accuracy and NLL of each bin by TensorBoard tag."""
+    return {
+        f"longgen/recall/{name}/gap_{gap:04g}": value
+        for name in ("accuracy", "nll")
+        for gap, value in zip(record["gap_sec"], record[name], strict=True)
+    }
+
+
+def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a share seen in `count` trials; unlike the normal one it stays within 0..1."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
