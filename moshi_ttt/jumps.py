@@ -1,9 +1,7 @@
 """Find lasting rises of the layers' input norm in a long generation, and say where they lie.
 
-At every position the median of the window after it is compared with the median of the window
-before it, stream by stream, on a log scale. Medians ignore bursts shorter than half a window;
-later windows must hold the level, the streams must agree, and the rise must stand out from how
-much the same layer varies elsewhere in the same run.
+`moshi_ttt.rises` searches layer by layer; rises of several layers at one place are one jump, which
+must be larger than streams that are shifted against each other show by chance.
 """
 
 from __future__ import annotations
@@ -15,17 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import maximum_filter1d, median_filter
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.errors import UserError
+from moshi_ttt.rises import LayerRise, layer_rises, p_value, place_interval
 from moshi_ttt.trace import CacheSnapshot, Event, Trace
 
 SETTLE_STEPS = 8  # attention parks on position 0; norms of the first steps are of another kind
-MIN_AGREEMENT = 0.75  # fraction of streams that must show at least half of the typical rise
-HELD_WINDOWS = 3  # windows after the rise that must keep half of it; 3 x 50 steps = 12 s
-MAD_TO_SD = 1.4826  # median absolute deviation to standard deviation, for a normal distribution
-MEDIAN_SD = 1.2533  # sd of a median of n over sd / sqrt(n)
+MAX_P_VALUE = 0.01  # of a rise that the streams share; a single stream has no such test
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +43,12 @@ class Jump:
     """Nearest structural position; several names where they coincide; None if there is none."""
     distance_steps: int | None
     """Steps from `nearest` to the jump; positive: the jump comes later."""
+    p_value: float = math.nan
+    """Share of runs with shifted streams that rise as much somewhere; NaN for a single stream."""
+    first_step: int = -1
+    """Start of the 95 % interval of `step`; -1 in records from before it was measured."""
+    last_step: int = -1
+    """End of that interval."""
 
     @property
     def first_layer(self) -> int:
@@ -57,6 +58,8 @@ class Jump:
     def event(self) -> Event:
         """This jump as a line for `events.jsonl`."""
         detail = dataclasses.asdict(self) | {"first_layer": self.first_layer}
+        if math.isnan(self.p_value):
+            detail["p_value"] = None  # JSON has no NaN
         return Event("jump", detail.pop("step"), detail)
 
     def record(self, clock: Clock) -> dict[str, Any]:
@@ -66,7 +69,10 @@ class Jump:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Jump:
         """The jump of a record in `summary.json` or `events.jsonl`; extra keys are ignored."""
-        values = {field.name: record[field.name] for field in dataclasses.fields(cls)}
+        fields = [field.name for field in dataclasses.fields(cls) if field.name in record]
+        values = {name: record[name] for name in fields}
+        if values.get("p_value", 0.0) is None:
+            del values["p_value"]
         for name in ("layers", "layer_ratios"):
             values[name] = tuple(values[name])
         return cls(**values)
@@ -84,17 +90,8 @@ class Jump:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _LayerRise:
-    layer: int
-    step: int
-    log_ratio: float
-    score: float
-    agreement: float
-
-
 def find_jumps(
-    trace: Trace, *, window_steps: int = 50, min_ratio: float = 1.15, min_score: float = 4.5
+    trace: Trace, *, window_steps: int = 50, min_ratio: float = 1.15, min_score: float = 3.5
 ) -> list[Jump]:
     """Lasting rises of the input norm, in order of position.
 
@@ -118,111 +115,69 @@ def find_jumps(
     ):
         if value < least:
             raise UserError(f"{name}={value} is below {least}; give {least} or more")
-    rises = []
+    rises, levels = [], {}
     for layer in range(trace.input_norm.shape[1]):
         norm = trace.input_norm[:, layer, SETTLE_STEPS:].astype(np.float64)
         usable = norm[(np.isfinite(norm) & (norm > 0)).all(axis=-1)]
         if len(usable):
-            level = np.log(usable)
-            rises += _layer_rises(layer, level, window_steps, np.log(min_ratio), min_score)
-    return _merged(rises, window_steps, trace.critical_steps())
-
-
-def _layer_rises(
-    layer: int, level: np.ndarray, window: int, least: float, min_score: float
-) -> list[_LayerRise]:
-    """Rises of one layer; `level` is the log norm, [S, T]."""
-    streams, steps = level.shape
-    count = steps - 2 * window + 1  # positions with a full window on both sides
-    if count <= 2 * window:  # what is left away from a candidate would say nothing of the usual
-        return []
-    medians = _rolling_median(level, window)
-    rise = medians[:, window:] - medians[:, :-window]  # [S, count]; index i is position i + window
-    typical = np.median(rise, axis=0)
-    trend = max(0.0, float(np.median(typical)))
-    excess = typical - trend
-
-    held = np.full(count, -np.inf)  # a position without a following window cannot be judged
-    held[: count - window] = np.inf
-    for later in range(2, 2 + HELD_WINDOWS):
-        kept = np.median(medians[:, later * window :] - medians[:, : -later * window], axis=0)
-        held[: len(kept)] = np.minimum(held[: len(kept)], kept)
-    # held against the whole rise, not against the part of it that a position on its flank shows
-    whole = maximum_filter1d(typical, size=window | 1)
-    eligible = (excess >= least) & (held >= whole / 2)
-
-    found = []
-    while eligible.any():
-        peak = int(np.argmax(np.where(eligible, excess, -np.inf)))
-        near = slice(max(0, peak - window), peak + window + 1)
-        eligible[near] = False
-        away = np.ones(count, dtype=bool)
-        away[near] = False
-        spread = max(
-            _spread(typical[away]), _spread(rise[:, away]) * MEDIAN_SD / np.sqrt(streams), 1e-3
-        )
-        score = float(excess[peak] / spread)
-        position = _split(level, medians[:, peak], medians[:, peak + window], peak, window)
-        at = int(np.clip(position - window, 0, count - 1))
-        agreement = float((rise[:, at] - trend >= excess[at] / 2).mean())
-        if score >= min_score and agreement >= MIN_AGREEMENT:
-            log_ratio = float(typical[at])
-            found.append(_LayerRise(layer, position + SETTLE_STEPS, log_ratio, score, agreement))
-    return found
-
-
-def _rolling_median(level: np.ndarray, window: int) -> np.ndarray:
-    """Median of `level[:, t : t + window]` at index t: [S, T] to [S, T - window + 1]."""
-    # row by row: the one-dimensional filter is the fast one
-    centred = np.stack([median_filter(row, size=window) for row in level])
-    start = window // 2
-    return centred[:, start : start + level.shape[1] - window + 1]
-
-
-def _spread(values: np.ndarray) -> float:
-    """Robust standard deviation about the median."""
-    return float(MAD_TO_SD * np.median(np.abs(values - np.median(values, axis=-1, keepdims=True))))
-
-
-def _split(
-    level: np.ndarray, before: np.ndarray, after: np.ndarray, start: int, window: int
-) -> int:
-    """Position in `[start, start + 2 window]` that best parts the two levels, in absolute error.
-
-    The difference of medians is flat for half a window around a clean step, so its peak is no
-    position; the split is.
-    """
-    piece = level[:, start : start + 2 * window]
-    cost = (np.abs(piece - before[:, None]) - np.abs(piece - after[:, None])).sum(axis=0)
-    return start + int(np.argmin(np.concatenate([[0.0], np.cumsum(cost)])))
-
-
-def _merged(rises: Sequence[_LayerRise], window: int, critical: dict[str, int]) -> list[Jump]:
-    """Rises of different layers within one window of the clearest of them are one jump."""
+            levels[layer] = np.log(usable)
+            rises += layer_rises(
+                layer,
+                levels[layer],
+                window=window_steps,
+                least=math.log(min_ratio),
+                min_score=min_score,
+            )
     jumps = []
+    for group in _groups(rises, window_steps):
+        jump = _jump(group, levels, window_steps, trace.critical_steps())
+        if not jump.p_value > MAX_P_VALUE:  # NaN passes
+            jumps.append(jump)
+    return sorted(jumps, key=lambda jump: jump.step)
+
+
+def _groups(rises: Sequence[LayerRise], window: int) -> list[list[LayerRise]]:
+    """Rises of different layers within one window of the clearest of them, in order of depth."""
+    groups = []
     left = sorted(rises, key=lambda rise: -rise.score)
     while left:
         clearest = left[0].step
         near = [rise for rise in left if abs(rise.step - clearest) <= window]
         left = [rise for rise in left if abs(rise.step - clearest) > window]
         by_layer = {rise.layer: rise for rise in reversed(near)}  # a layer's clearest rise wins
-        group = [by_layer[layer] for layer in sorted(by_layer)]
-        step = int(np.median([rise.step for rise in group]))
-        ratios = tuple(float(np.exp(rise.log_ratio)) for rise in group)
-        nearest = min(critical.values(), key=lambda at: abs(at - step), default=None)
-        jumps.append(
-            Jump(
-                step=step,
-                ratio=float(np.median(ratios)),
-                score=max(rise.score for rise in group),
-                agreement=float(np.mean([rise.agreement for rise in group])),
-                layers=tuple(rise.layer for rise in group),
-                layer_ratios=ratios,
-                nearest=" = ".join(name for name, at in critical.items() if at == nearest) or None,
-                distance_steps=None if nearest is None else step - nearest,
-            )
-        )
-    return sorted(jumps, key=lambda jump: jump.step)
+        groups.append([by_layer[layer] for layer in sorted(by_layer)])
+    return groups
+
+
+def _jump(
+    group: Sequence[LayerRise],
+    levels: dict[int, np.ndarray],
+    window: int,
+    critical: dict[str, int],
+) -> Jump:
+    """One jump of the layers in `group`; `levels` are their log norms without the first steps."""
+    generator = np.random.default_rng(0)
+    clearest = max(group, key=lambda rise: rise.score)
+    level = levels[clearest.layer]
+    inside = int(np.median([rise.step for rise in group]))
+    # the clearest layer places the jump as well as any; it tells how well
+    first, last = place_interval(level, clearest.step, window, generator)
+    step = inside + SETTLE_STEPS
+    ratios = tuple(float(np.exp(rise.log_ratio)) for rise in group)
+    nearest = min(critical.values(), key=lambda at: abs(at - step), default=None)
+    return Jump(
+        step=step,
+        ratio=float(np.median(ratios)),
+        score=max(rise.score for rise in group),
+        agreement=float(np.mean([rise.agreement for rise in group])),
+        layers=tuple(rise.layer for rise in group),
+        layer_ratios=ratios,
+        nearest=" = ".join(name for name, at in critical.items() if at == nearest) or None,
+        distance_steps=None if nearest is None else step - nearest,
+        p_value=p_value(level, clearest.step, window, generator),
+        first_step=min(inside, first) + SETTLE_STEPS,
+        last_step=max(inside, last) + SETTLE_STEPS,
+    )
 
 
 def spans(layers: Sequence[int]) -> str:
@@ -257,7 +212,9 @@ def position_summary(
     """Flat TensorBoard scalars of one generation; medians over streams, NaN where undefined."""
     nan = math.nan
     scalars: dict[str, float] = {}
-    first = max(trace.prompt_steps, SETTLE_STEPS)
+    # a run that is forced throughout has no part of its own; all of it is looked at
+    prompt_steps = trace.prompt_steps if trace.prompt_steps < trace.steps else 0
+    first = max(prompt_steps, SETTLE_STEPS)
 
     def level(series: np.ndarray, start: int) -> float:
         """Median over streams of the median of one window; series [S, T]."""

@@ -12,6 +12,7 @@ from synthetic_trace import make_trace, noise
 from moshi_ttt.clock import Clock
 from moshi_ttt.errors import UserError
 from moshi_ttt.jumps import Jump, find_jumps, position_summary, ratios_at, spans
+from moshi_ttt.rises import p_value
 from moshi_ttt.trace import Event, Trace, write_json
 
 SHAPE = (4, 4, 900)  # streams, layers, steps: what the tiny model's default evaluation records
@@ -28,15 +29,11 @@ def quiet(shape: tuple[int, int, int] = SHAPE, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("streams", "ratio", "least"),
-    [(4, 1.2, 0.7), (8, 1.2, 0.9), (4, 1.4, 0.98), (4, 1.68, 0.98), (1, 1.68, 0.95)],
+    [(4, 1.2, 0.8), (8, 1.2, 0.93), (4, 1.4, 0.98), (4, 1.68, 0.98), (1, 1.68, 0.95)],
 )
 def test_planted_steps_are_found_within_25_steps(streams: int, ratio: float, least: float) -> None:
-    """Measured on 300 trials each, found within 25 steps (median error 0 steps).
-
-    1, 4, 8 streams: +20 % 0.09, 0.83, 0.99; +40 % 0.78, 1.00, 1.00; +68 % 1.00, 1.00, 1.00.
-    With twice the noise: +20 % 0.03, 0.35, 0.89; +40 % 0.32, 1.00, 1.00; +68 % 0.89, 1.00, 1.00.
-    """
-    hits = 0
+    """Rates on 300 runs each: docs/finding_the_jump.md."""
+    hits, elsewhere = 0, 0
     for trial in range(TRIALS):
         generator = np.random.default_rng(trial)
         log_norm = noise(generator, (streams, *SHAPE[1:]), sd=0.06)
@@ -44,8 +41,9 @@ def test_planted_steps_are_found_within_25_steps(streams: int, ratio: float, lea
         log_norm[:, 2:, position:] += np.log(ratio)
         jumps = find_jumps(trace_of(log_norm))
         hits += any(abs(jump.step - position) <= 25 for jump in jumps)
-        assert all(abs(jump.step - position) <= 50 for jump in jumps)
+        elsewhere += any(abs(jump.step - position) > 50 for jump in jumps)
     assert hits / TRIALS >= least
+    assert elsewhere <= 1
 
 
 def flat(generator: np.random.Generator) -> np.ndarray:
@@ -104,17 +102,13 @@ def one_long_burst(generator: np.random.Generator) -> np.ndarray:
 def test_no_alarm_without_a_lasting_step(
     shape_of_norm: Callable[[np.random.Generator], np.ndarray],
 ) -> None:
-    """Runs with a false alarm, measured on 300 trials each: 0.5 % over all of these shapes.
-
-    None on flat noise, random walks and long bursts; 1.3 % on linear growth to three times the
-    norm; 2.3 % on six bursts of up to 3.2 s, where two can join near the end of the run.
-    """
+    """Rates on 300 runs each: docs/finding_the_jump.md."""
     alarms = 0
     for trial in range(TRIALS):
         generator = np.random.default_rng(1000 + trial)
         log_norm = noise(generator, SHAPE, sd=0.06) + shape_of_norm(generator)
         alarms += bool(find_jumps(trace_of(log_norm)))
-    assert alarms <= 3
+    assert alarms <= 2
 
 
 def test_layers_that_rise_together_are_one_jump_that_names_what_lies_nearest() -> None:
@@ -144,6 +138,35 @@ def test_a_run_without_structural_positions_has_no_nearest_one() -> None:
     (jump,) = find_jumps(trace)
     assert jump.nearest is None
     assert jump.distance_steps is None
+
+
+@pytest.mark.parametrize(("streams", "ratio"), [(1, 1.68), (4, 1.2), (4, 1.4)])
+def test_the_interval_of_the_place_holds_it(streams: int, ratio: float) -> None:
+    held, widths = [], []
+    for trial in range(40):
+        generator = np.random.default_rng(trial)
+        log_norm = noise(generator, (streams, *SHAPE[1:]), sd=0.06)
+        position = int(generator.integers(150, SHAPE[-1] - 140))
+        log_norm[:, 2:, position:] += np.log(ratio)
+        for jump in find_jumps(trace_of(log_norm)):
+            if abs(jump.step - position) <= 50:
+                held.append(jump.first_step <= position <= jump.last_step)
+                widths.append(jump.last_step - jump.first_step)
+    assert np.mean(held) > 0.85
+    assert np.median(widths) < 50
+
+
+def test_agreement_by_chance_is_told_from_agreement() -> None:
+    generator = np.random.default_rng(0)
+    log_norm = noise(generator, SHAPE, sd=0.06)
+    log_norm[..., 500:] += np.log(1.4)
+    (jump,) = find_jumps(trace_of(log_norm))
+    assert jump.p_value < 0.01
+    (alone,) = find_jumps(trace_of(log_norm[:1] + 0.3 * (np.arange(900) >= 500)))
+    assert math.isnan(alone.p_value)
+    # streams that rise as often as this, each at its own times, rise together by chance
+    waves = np.stack([np.roll(np.repeat([0, 1, 0, 1, 0, 1], 150), 37 * row) for row in range(4)])
+    assert p_value(0.4 * waves + 0.01 * log_norm[:, 0], 150, 50, generator) > 0.01
 
 
 def test_two_separate_jumps_are_both_found_in_order() -> None:
@@ -224,6 +247,20 @@ def test_a_jump_survives_json_with_all_three_clocks(tmp_path) -> None:
     assert record["legacy_token"] == 8 * jump.step
     assert record["first_layer"] == 1
     assert Jump.from_record(record) == jump
+    (alone,) = find_jumps(make_trace(shape=(1, 4, 900), jump_at=763))
+    write_json(tmp_path / "alone.json", alone.record(Clock()))
+    read = Jump.from_record(json.loads((tmp_path / "alone.json").read_text()))
+    assert math.isnan(read.p_value)
+    assert read.step == alone.step
+
+
+def test_records_from_before_the_interval_was_measured_are_read() -> None:
+    (jump,) = find_jumps(make_trace(jump_at=763))
+    record = jump.record(Clock())
+    for name in ("p_value", "first_step", "last_step"):
+        del record[name]
+    old = Jump.from_record(record)
+    assert (old.step, old.first_step) == (jump.step, -1)
 
 
 def test_a_jump_is_described_in_all_three_clocks() -> None:
