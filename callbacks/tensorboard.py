@@ -12,7 +12,9 @@ from moshi_ttt.report.figures import evaluation_figures, pixels
 
 
 def log_evaluation(writer: SummaryWriter, folder: Path, global_step: int) -> None:
-    """Write scalars, figures (norms, heat map, memory, losses, spectrogram) and Moshi's voice.
+    """Write scalars, figures (norms, heat map, memory, losses, recall, sound) and Moshi's voice.
+
+    The voice is given whole, and cut out around each critical position.
 
     Args:
         writer: where to; flushed, so that a running TensorBoard sees the evaluation at once.
@@ -27,12 +29,16 @@ def log_evaluation(writer: SummaryWriter, folder: Path, global_step: int) -> Non
         writer.add_scalar(tag, value, global_step)
     clips = evaluation.audio
     figures = evaluation_figures(
-        evaluation.trace(), evaluation.jumps, evaluation.nll, clips[0] if clips else None
+        evaluation.trace(),
+        evaluation.jumps,
+        evaluation.nll,
+        evaluation.recall,
+        clips[0] if clips else None,
     )
     for name, figure in figures.items():
         tag = f"longgen/figures/{name}"
         writer.add_image(tag, pixels(figure), global_step, dataformats="HWC")
-    for path in clips:
+    for path in [*clips, *evaluation.cuts]:
         samples, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
         # TensorBoard plays mono; the left channel is Moshi
         tag = f"longgen/audio/{path.stem}"

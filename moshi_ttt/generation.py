@@ -108,6 +108,8 @@ def generate(
             frame = lm_gen.step(user[:, :, max(0, step - 1), None])
             if frame is not None:
                 frames.append(frame.clone())
+            if recorder is not None:
+                recorder.after_step(step)
             if on_step is not None:
                 on_step(step)
         if recorder is not None:

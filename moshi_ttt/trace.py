@@ -1,7 +1,8 @@
 """What one long generation leaves behind: arrays, events and a summary, in one folder.
 
 Layout of the folder: `traces.npz` (arrays of `Trace`), `summary.json` (its other fields and
-what was derived from it), `events.jsonl` (one event a line), `audio/*.wav`.
+what was derived from it), `events.jsonl` (one event a line), `nll.json`, `quality.json`,
+`probes.json` (if the recordings held any), `audio/*.wav`.
 """
 
 from __future__ import annotations
@@ -39,17 +40,18 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN becomes null."""
-    text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold: dataclasses as dicts, arrays as lists, NaN and infinities as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+        return plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
@@ -59,31 +61,82 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class CacheSnapshot:
-    """One KV ring as it stands after a number of steps."""
+    """One KV ring as it stands after a number of steps.
+
+    Position p is written to slot p modulo capacity; sinks, if there are any, have slots of their
+    own before these. Ranges are [first, last], both included.
+    """
 
     module: str
     """Path of the attention that owns the ring, e.g. `transformer.layers.3.self_attn`."""
-    end_offset: int  # steps written since reset
-    capacity: int  # steps
+    end_offset: int  # positions written since reset
+    capacity: int  # positions
+    heads: int = 0  # of the keys; 0 if unknown, as the two below
+    head_dim: int = 0
+    size_bytes: int = 0
+    sinks: int = 0
+    """First positions that are never evicted; 0 in moshi's own rings."""
+    positions_per_step: int = 1
+    """Positions that one step writes: 2 in Mimi's transformers (25 Hz)."""
+
+    @property
+    def role(self) -> str:
+        """Whose ring it is: `temporal`, `depformer`, `codec`, or the first part of the path."""
+        root = self.module.split(".")[0]
+        return "temporal" if root == "transformer" else root
 
     @property
     def evicted_steps(self) -> int:
         """Steps that have been overwritten and can no longer be attended to."""
-        return max(0, self.end_offset - self.capacity)
+        return max(0, self.end_offset - self.sinks - self.capacity)
 
     @property
     def wraps(self) -> int:
-        """Completed turns of the ring: times a write went back to slot 0."""
-        return max(0, self.end_offset - 1) // self.capacity
+        """Completed turns of the ring: times a write went back to its first slot."""
+        return max(0, self.end_offset - self.sinks - 1) // self.capacity
+
+    @property
+    def valid_positions(self) -> tuple[int, int] | None:
+        """The newest positions, all of them held; None while the ring is empty.
+
+        Sinks are held besides.
+        """
+        if self.end_offset == 0:
+            return None
+        return (0 if self.evicted_steps == 0 else self.end_offset - self.capacity), (
+            self.end_offset - 1
+        )
+
+    @property
+    def lost_positions(self) -> tuple[int, int] | None:
+        """Positions that were held once and are no longer; None if there are none."""
+        if self.evicted_steps == 0:
+            return None
+        return self.sinks, self.sinks + self.evicted_steps - 1
+
+    @property
+    def overwritten_slots(self) -> tuple[int, int] | None:
+        """Slots that the present turn of the ring has written over; None in the first turn."""
+        if self.evicted_steps == 0:
+            return None
+        return self.sinks, self.sinks + (self.evicted_steps - 1) % self.capacity
 
     def record(self) -> dict[str, Any]:
         """The ring in `summary.json`."""
         return {
             "module": self.module,
+            "role": self.role,
             "capacity": self.capacity,
             "end_offset": self.end_offset,
             "evicted_steps": self.evicted_steps,
             "wraps": self.wraps,
+            "valid_positions": self.valid_positions,
+            "lost_positions": self.lost_positions,
+            "overwritten_slots": self.overwritten_slots,
+            "sinks": self.sinks,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "size_bytes": self.size_bytes,
         }
 
 
@@ -92,7 +145,8 @@ class Event:
     """Something that happened at one step of a generation."""
 
     kind: str
-    """`cache_created`, `first_eviction`, `ring_turn` or `jump`."""
+    """`cache_created`, `first_eviction`, `ring_turn`, `critical_position`, `jump`; a live log also
+    has `progress`."""
     step: int
     detail: dict[str, Any] = field(default_factory=dict)
 
@@ -145,6 +199,41 @@ class Trace:
     text_tokens: np.ndarray  # [S, T - 1] text tokens, forced ones included
     codes: np.ndarray  # [S, Q, T - 1] Moshi's own codebooks, aligned (delays undone)
 
+    # since the first version: older traces lack these and read as not measured, all NaN
+    channels: int = 0
+    """Channels D of the residual stream; 0 if unknown."""
+    text_padding_ids: Sequence[int] = (3, 0)
+    """Text tokens that say nothing: padding, and its last step before a word."""
+    # [S, L, T]: largest absolute value of the input's channels, and the channel that has it
+    input_max: np.ndarray = None  # type: ignore[assignment]
+    input_max_channel: np.ndarray = None  # type: ignore[assignment]
+    # [S, L, T]: L2 norms of what attention and the feed-forward block add
+    attention_norm: np.ndarray = None  # type: ignore[assignment]
+    ffn_norm: np.ndarray = None  # type: ignore[assignment]
+    # [S, M, T]: L2 norm of all fast weights (held between looks), write gate (0..1) and rate of
+    # forgetting (1 / forgetting time in steps), the latter two as means over heads
+    fast_weight_norm: np.ndarray = None  # type: ignore[assignment]
+    write_gate: np.ndarray = None  # type: ignore[assignment]
+    forgetting: np.ndarray = None  # type: ignore[assignment]
+    step_ms: np.ndarray = None  # type: ignore[assignment]  # [T] latency
+    # [S, A, N, 3] (see `attention_mass.PARTS`), [A] layer indices, [N] steps; empty if not asked
+    attention_mass: np.ndarray = None  # type: ignore[assignment]
+    attention_mass_layers: np.ndarray = None  # type: ignore[assignment]
+    attention_mass_steps: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        streams, layers, steps = self.input_norm.shape
+        shapes = {"layer": (streams, layers, steps), "memory": self.gate.shape, "step": (steps,)}
+        shapes |= {"mass": (streams, 0, 0, 3), "list": (0,)}
+        for name, kind in _ADDED.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.full(shapes[kind], np.nan, dtype=np.float32))
+
+    @property
+    def input_rms(self) -> np.ndarray:
+        """Root mean square of each layer's input over channels, [S, L, T]."""
+        return self.input_norm / np.sqrt(self.channels or np.nan)
+
     @property
     def steps(self) -> int:
         """Generated steps T."""
@@ -166,11 +255,12 @@ class Trace:
 
     def save(self, folder: Path) -> None:
         """Write `traces.npz` into `folder`, atomically."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        names = (*_ARRAYS, *_ADDED)
+        arrays = {name: getattr(self, name) for name in names}
         meta = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ARRAYS
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in names
         }
-        text = json.dumps(_plain(meta))
+        text = json.dumps(plain(meta))
         write_atomic(
             folder / "traces.npz",
             lambda file: np.savez_compressed(file, meta=np.array(text), **arrays),
@@ -188,6 +278,7 @@ class Trace:
             with np.load(path, allow_pickle=False) as data:
                 meta = json.loads(str(data["meta"]))
                 arrays = {name: data[name] for name in _ARRAYS}
+                arrays |= {name: data[name] for name in _ADDED if name in data}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{path} is not a trace ({error}); give a folder that a long generation wrote, "
@@ -196,32 +287,6 @@ class Trace:
         meta["clock"] = Clock(**meta["clock"])
         meta["rings"] = [CacheSnapshot(**ring) for ring in meta["rings"]]
         return cls(**meta, **arrays)
-
-
-def ring_events(trace: Trace) -> list[Event]:
-    """Creation, first eviction and turns of the rings, from the recorded end offsets.
-
-    The temporal rings are read step by step; those that moved alike share one event.
-    """
-    created: dict[int, list[str]] = {}
-    for ring in trace.rings:
-        created.setdefault(ring.capacity, []).append(ring.module)
-    events = [
-        Event("cache_created", 0, {"capacity_steps": capacity, "modules": modules})
-        for capacity, modules in created.items()
-    ]
-    capacity = trace.context_steps
-    written = trace.ring_end_offset[0]  # [L, T]; every stream runs in step
-    modules = [ring.module for ring in trace.rings if ring.module.startswith("transformer.")]
-    for turn in range(1, 1 + max(0, int(written.max()) - 1) // capacity):
-        # the write that starts turn n is the first one after n * capacity steps
-        step_of = (written > turn * capacity).argmax(axis=1)
-        for step in sorted(set(step_of.tolist())):
-            rings = [name for name, at in zip(modules, step_of, strict=True) if at == step]
-            if turn == 1:
-                events.append(Event("first_eviction", step, {"modules": rings, "lost_step": 0}))
-            events.append(Event("ring_turn", step, {"turn": turn, "modules": rings}))
-    return events
 
 
 _ARRAYS = (
@@ -237,3 +302,16 @@ _ARRAYS = (
     "text_tokens",
     "codes",
 )
+_ADDED = {
+    "input_max": "layer",
+    "input_max_channel": "layer",
+    "attention_norm": "layer",
+    "ffn_norm": "layer",
+    "fast_weight_norm": "memory",
+    "write_gate": "memory",
+    "forgetting": "memory",
+    "step_ms": "step",
+    "attention_mass": "mass",
+    "attention_mass_layers": "list",
+    "attention_mass_steps": "list",
+}

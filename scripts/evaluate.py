@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py --checkpoint runs/long60s/000/checkpoints/last.ckpt --seconds 120
     python scripts/evaluate.py --model tiny --seconds 120
+    python scripts/evaluate.py --model tiny --log-interval 100 | grep event=ring_turn
     python scripts/evaluate.py --compare runs/long60s/000 runs/evaluate/tiny_120s
 
 The same instrumented generation as after each training epoch, and the same report.
@@ -55,7 +56,11 @@ def main(args: list[str] | None = None) -> Path:
         )
         label = f"{source.name} (vanilla)"
         default_out = Path("runs/evaluate") / Path(source.name).name
-    run = LongRunConfig(seconds=options.seconds, **vars(options.run))
+    run = LongRunConfig(
+        seconds=options.seconds,
+        log_interval_steps=options.log_interval,
+        **vars(options.run),
+    )
     assert lm.context is not None
     seconds = round(source.clock.seconds(run.steps(source.clock, lm.context)))
     out = Path(options.out or f"{default_out}_{seconds}s")
@@ -83,13 +88,19 @@ def _parser() -> ArgumentParser:
     add("--model", type=str | None, help="Vanilla control: tiny, a folder or a hub id.")
     add("--compare", nargs="+", help="Run or evaluation folders to overlay.")
     add("--seconds", type=float | None, help="Length; default: 150 steps past 2C.")
+    add(
+        "--log-interval",
+        type=int,
+        default=0,
+        help="Also log as text, every n steps and at every critical position; 0: off.",
+    )
     add("--context_steps", type=int | None, help="Ring capacity C, with --model only.")
     add("--dtype", type=Dtype | None, help="Weights' type, with --model only (float32).")
     add("--manifest", type=str, default=str(ASSETS / "demo/val.jsonl"), help="Recordings.")
     add("--cache_dir", type=str, default=".cache/codes", help="Cache of encoded audio.")
     add("--device", type=str | None, help="Default: cuda if there is one.")
     add("--out", type=str | None, help="Folder (or file, with --compare) to write.")
-    parser.add_class_arguments(LongRunConfig, "run", skip={"seconds"})
+    parser.add_class_arguments(LongRunConfig, "run", skip={"seconds", "log_interval_steps"})
     return parser
 
 

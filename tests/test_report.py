@@ -184,7 +184,8 @@ def test_rings_of_the_depformer_are_not_measured_in_seconds(tmp_path: Path) -> N
     row = re.search(r"<tr><td>depformer\.layers\.\[0\]\.self_attn.*?</tr>", source)
     assert row is not None
     cells = re.findall(r">([^<>]+)</td>", row[0])
-    assert cells == ["depformer.layers.[0].self_attn", "8", "-", "8", "0", "0"]
+    assert cells[:6] == ["depformer.layers.[0].self_attn", "8", "-", "8", "0", "0"]
+    assert cells[6:9] == ["0 to 7", "-", "-"]  # held, lost, overwritten
 
 
 def test_findings_warn_of_norms_that_are_not_finite() -> None:
@@ -229,8 +230,8 @@ def broken_trace() -> Trace:
 )
 @pytest.mark.filterwarnings("error")
 def test_figures_of_unusual_runs_are_drawn_without_warnings(trace: Trace) -> None:
-    figures = evaluation_figures(trace, find_jumps(trace), None, None)
-    figures |= comparison_figures({"a": trace, "b": trace}, {"a": None, "b": None})
+    figures = evaluation_figures(trace, find_jumps(trace), None, None, None)
+    figures |= comparison_figures({"a": trace, "b": trace}, *[{"a": None, "b": None}] * 2)
     for figure in figures.values():
         assert pixels(figure).std() > 5
 

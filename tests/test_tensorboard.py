@@ -41,6 +41,14 @@ def test_scalars_figures_and_audio_of_a_hybrid_are_logged(tmp_path: Path) -> Non
     assert clip.length_frames == 48_000
 
 
+def test_sound_around_the_positions_is_logged_too(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "run", make_trace(), clips=1)
+    whole = tmp_path / "run/audio/stream_00.wav"
+    whole.with_name("stream_00_at_2C.wav").write_bytes(whole.read_bytes())
+    tags = logged(tmp_path / "run", tmp_path / "logs").Tags()
+    assert set(tags["audio"]) == {"longgen/audio/stream_00", "longgen/audio/stream_00_at_2C"}
+
+
 def test_undefined_scalars_and_missing_parts_are_skipped(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "run", make_trace(hybrid_layers=()), nll=False, clips=0)
     tags = logged(tmp_path / "run", tmp_path / "logs").Tags()

@@ -1,9 +1,11 @@
 """What people look at: one self-contained HTML page a run, made from evaluation folders.
 
-`evaluation` reads a folder, `figures` and `overlays` draw it, `text` says it in words, `pages`
-puts the page together.
+`evaluation` reads a folder, `figures`, `recall` and `overlays` draw it, `text` says it in words,
+`pages` puts the page together.
 """
 
+from moshi_ttt.report.figures import png
 from moshi_ttt.report.pages import compare_report, write_report
+from moshi_ttt.report.recall import recall_figure
 
-__all__ = ["compare_report", "write_report"]
+__all__ = ["compare_report", "png", "recall_figure", "write_report"]

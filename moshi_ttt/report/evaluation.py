@@ -56,6 +56,12 @@ class Evaluation:
         return nll if nll and nll["start_step"] else None
 
     @property
+    def recall(self) -> dict[str, Any] | None:
+        """Content of `probes.json`; None if the recordings held no probes."""
+        path = self.folder / "probes.json"
+        return _read_json(path) if path.exists() else None
+
+    @property
     def events(self) -> list[dict[str, Any]]:
         """Lines of `events.jsonl`."""
         path = self.folder / "events.jsonl"
@@ -64,8 +70,22 @@ class Evaluation:
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
     @property
+    def quality(self) -> dict[str, Any] | None:
+        """Content of `quality.json`; None in folders written before there was one."""
+        path = self.folder / "quality.json"
+        return _read_json(path) if path.exists() else None
+
+    @property
     def audio(self) -> list[Path]:
-        """Generated sound files, by name."""
+        """Generated sound files of whole streams, by name."""
+        return [path for path in self._sounds() if "_at_" not in path.stem]
+
+    @property
+    def cuts(self) -> list[Path]:
+        """Sound around critical positions, cut out of the streams, by name."""
+        return [path for path in self._sounds() if "_at_" in path.stem]
+
+    def _sounds(self) -> list[Path]:
         return sorted((self.folder / "audio").glob("*.wav"))
 
     def trace(self) -> Trace:

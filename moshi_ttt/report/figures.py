@@ -19,6 +19,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.signal import spectrogram
 
 from moshi_ttt.jumps import SETTLE_STEPS, Jump
+from moshi_ttt.report.inside import inside_figures
+from moshi_ttt.report.recall import Recall, gap_positions, recall_figure
 from moshi_ttt.report.style import (
     COLORS,
     JUMP_COLOR,
@@ -62,15 +64,22 @@ def png(figure: Figure) -> bytes:
 
 
 def evaluation_figures(
-    trace: Trace, jumps: Sequence[Jump], nll: Nll | None, audio: Path | None
+    trace: Trace,
+    jumps: Sequence[Jump],
+    nll: Nll | None,
+    recall: Recall | None,
+    audio: Path | None,
 ) -> dict[str, Figure]:
     """Every figure of one evaluation by name; those without data are left out."""
     figures = {"input_norm": norm_figure(trace, jumps), "heat_map": heat_map_figure(trace, jumps)}
     if trace.hybrid_layers:
         figures["memory"] = memory_figure(trace)
+    figures |= inside_figures(trace)
     figures["entropy"] = entropy_figure(trace)
     if nll is not None:
         figures["nll"] = nll_figure({trace.label: nll}, [trace])
+    if recall is not None:
+        figures["recall"] = recall_figure({trace.label: recall}, [gap_positions(trace)])
     if audio is not None:
         figures["audio"] = audio_figure(audio, trace)
     return figures
@@ -116,7 +125,9 @@ def heat_map_figure(trace: Trace, jumps: Sequence[Jump]) -> Figure:
     layers, steps = trace.input_norm.shape[1:]
     figure = Figure(figsize=(10, 3.2 + min(3.0, 0.12 * layers)))
     axes = figure.add_subplot()
-    first = min(max(trace.prompt_steps, SETTLE_STEPS), steps - 1)
+    # a run that was forced throughout has nothing after its prompt
+    prompt_steps = trace.prompt_steps if trace.prompt_steps < steps else 0
+    first = min(max(prompt_steps, SETTLE_STEPS), steps - 1)
     curves = np.stack([middle(trace.input_norm[:, layer]) for layer in range(layers)])
     with np.errstate(divide="ignore", invalid="ignore"):
         octaves = np.log2(curves / np.median(curves[:, first : first + 50], axis=-1, keepdims=True))

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from moshi_ttt.jumps import SETTLE_STEPS
 from moshi_ttt.report.figures import Nll, nll_figure
+from moshi_ttt.report.recall import Recall, gap_positions, recall_figure
 from moshi_ttt.report.style import (
     fit_height,
     legend_below,
@@ -23,13 +24,16 @@ from moshi_ttt.trace import Trace
 
 
 def comparison_figures(
-    traces: Mapping[str, Trace], nlls: Mapping[str, Nll | None]
+    traces: Mapping[str, Trace],
+    nlls: Mapping[str, Nll | None],
+    recalls: Mapping[str, Recall | None],
 ) -> dict[str, Figure]:
     """Overlays by name; more than `MAX_CURVES` runs cannot be told apart.
 
     Args:
         traces: label to trace, at least one.
         nlls: the same labels to content of `nll.json`, None where there is none.
+        recalls: the same labels to content of `probes.json`, None where there is none.
     """
     figures = {
         "input_norm": norm_overlay_figure(traces),
@@ -38,6 +42,11 @@ def comparison_figures(
     curves = {label: nll for label in traces if (nll := nlls[label]) is not None}
     if curves:
         figures["nll"] = nll_figure(curves, [traces[label] for label in curves])
+    remembered = {label: recall for label in traces if (recall := recalls[label]) is not None}
+    if remembered:
+        figures["recall"] = recall_figure(
+            remembered, [gap_positions(traces[label]) for label in remembered]
+        )
     return figures
 
 

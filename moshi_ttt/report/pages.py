@@ -15,11 +15,21 @@ import numpy as np
 from moshi_ttt.clock import Clock
 from moshi_ttt.jumps import ratios_at, spans
 from moshi_ttt.report import html
+from moshi_ttt.report.audible import audible_section
 from moshi_ttt.report.evaluation import Evaluation, find_evaluations, unique_labels
 from moshi_ttt.report.figures import evaluation_figures, png
 from moshi_ttt.report.overlays import comparison_figures
+from moshi_ttt.report.recall import recall_finding
 from moshi_ttt.report.style import MAX_CURVES
-from moshi_ttt.report.text import CAPTIONS, COMPARISON_CAPTIONS, GLOSSARY, WHY, findings
+from moshi_ttt.report.tables import events_table, rings_table
+from moshi_ttt.report.text import (
+    CAPTIONS,
+    COMPARISON_CAPTIONS,
+    GLOSSARY,
+    PROBE_GLOSSARY,
+    WHY,
+    findings,
+)
 from moshi_ttt.trace import Trace, write_atomic
 
 PLAYED_CLIPS = 2
@@ -47,7 +57,7 @@ def write_report(run_folder: Path) -> Path:
     body = [
         "<h2>What happened</h2>",
         html.paragraph(f"The latest evaluation, {labels[-1]}, in plain words:"),
-        html.bullets(findings(trace, latest.jumps)),
+        html.bullets(_findings(latest, trace)),
         _positions_table(trace),
         "<h2>What was run</h2>",
         _facts_table(latest, trace),
@@ -60,12 +70,13 @@ def write_report(run_folder: Path) -> Path:
     if len(evaluations) > 1:
         body += ["<h2>Across the evaluations</h2>", *_comparison(traces, dict(shown))]
     body += [
+        *_audible(latest),
         *_audio({labels[-1]: latest, labels[0]: evaluations[0]}.items()),
         "<h2>Attention rings at the end</h2>",
-        _rings_table(latest.summary["rings"], trace.clock),
+        rings_table(latest.summary["rings"], trace.clock),
         "<h2>Events</h2>",
-        _events_table(latest.events),
-        *_glossary(),
+        events_table(latest.events),
+        *_glossary(evaluations),
     ]
     title = f"Long generation: {_name(run_folder)}"
     return _write(run_folder / "report.html", title, trace, body)
@@ -95,11 +106,11 @@ def compare_report(folders: Sequence[Path], out: Path) -> Path:
     for label, trace in traces.items():
         body += [
             f"<h3>{html.escape(label)}</h3>",
-            html.bullets(findings(trace, by_label[label].jumps)),
+            html.bullets(_findings(by_label[label], trace)),
         ]
     body += ["<h2>Side by side</h2>", _evaluations_table(labels, evaluations)]
     body += ["<h2>Overlays</h2>", *_comparison(traces, by_label), *_audio(by_label.items())]
-    body += _glossary()
+    body += _glossary(evaluations)
     return _write(out, "Comparison of long generations", traces[labels[0]], body)
 
 
@@ -124,6 +135,13 @@ def _evenly(items: Sequence[Any]) -> list[Any]:
     """At most `MAX_CURVES` items, evenly spaced, with the first and the last."""
     chosen = np.linspace(0, len(items) - 1, min(MAX_CURVES, len(items))).round().astype(int)
     return [items[index] for index in chosen]
+
+
+def _findings(evaluation: Evaluation, trace: Trace) -> list[str]:
+    lines = findings(trace, evaluation.jumps)
+    if evaluation.recall is not None:
+        lines.append(recall_finding(trace, evaluation.recall))
+    return lines
 
 
 def _positions_table(trace: Trace) -> str:
@@ -229,7 +247,7 @@ def _evaluations_table(labels: Sequence[str], evaluations: Sequence[Evaluation])
 
 def _evaluation_figures(evaluation: Evaluation, trace: Trace) -> list[str]:
     audio = next(iter(evaluation.audio), None)
-    figures = evaluation_figures(trace, evaluation.jumps, evaluation.nll, audio)
+    figures = evaluation_figures(trace, evaluation.jumps, evaluation.nll, evaluation.recall, audio)
     return [
         html.figure(png(figure), CAPTIONS[name], f"{trace.label}: {name}")
         for name, figure in figures.items()
@@ -237,7 +255,11 @@ def _evaluation_figures(evaluation: Evaluation, trace: Trace) -> list[str]:
 
 
 def _comparison(traces: Mapping[str, Trace], by_label: Mapping[str, Evaluation]) -> list[str]:
-    figures = comparison_figures(traces, {label: by_label[label].nll for label in traces})
+    figures = comparison_figures(
+        traces,
+        {label: by_label[label].nll for label in traces},
+        {label: by_label[label].recall for label in traces},
+    )
     return [
         html.figure(png(figure), COMPARISON_CAPTIONS[name], f"comparison: {name}")
         for name, figure in figures.items()
@@ -254,72 +276,17 @@ def _audio(evaluations: Iterable[tuple[str, Evaluation]]) -> list[str]:
     return ["<h2>Listen</h2>", html.paragraph(note, kind="note"), *players] if players else []
 
 
-def _rings_table(rings: Sequence[Mapping[str, Any]], clock: Clock) -> str:
-    """Rings that moved alike share a row; only temporal rings count in steps."""
-    groups: dict[tuple[str, int, int, int, int], list[str]] = {}
-    for ring in rings:
-        module = str(ring["module"])
-        kind = module.split(".")[0]
-        key = (kind, ring["capacity"], ring["end_offset"], ring["evicted_steps"], ring["wraps"])
-        groups.setdefault(key, []).append(module)
-    rows = [
-        (
-            ", ".join(_folded(modules)),
-            capacity,
-            f"{clock.seconds(capacity):.2f}" if kind == "transformer" else None,
-            end,
-            evicted,
-            wraps,
-        )
-        for (kind, capacity, end, evicted, wraps), modules in groups.items()
-    ]
-    header = ("module", "capacity", "capacity (s)", "end offset", "evicted", "turns")
-    note = (
-        "Rings of the temporal transformer count steps. The depformer's count codebooks within "
-        "one step and start anew at each, so they have no length in seconds."
-    )
-    return html.table(header, rows) + html.paragraph(note, kind="note")
+def _audible(evaluation: Evaluation) -> list[str]:
+    quality = evaluation.quality
+    return [] if quality is None else audible_section(quality, evaluation.cuts)
 
 
-def _folded(modules: Sequence[str]) -> list[str]:
-    """`transformer.layers.[0-3].self_attn` for the paths of four layers."""
-    layers: dict[tuple[str, ...], list[int]] = {}
-    for module in modules:
-        parts = re.split(r"\.(\d+)\.", module, maxsplit=1)
-        numbers = layers.setdefault((parts[0], *parts[2:]), [])
-        numbers += [int(number) for number in parts[1:2]]
-    return [
-        f"{key[0]}.[{spans(sorted(numbers))}].{key[1]}" if numbers else key[0]
-        for key, numbers in layers.items()
-    ]
-
-
-def _events_table(events: Sequence[Mapping[str, Any]]) -> str:
-    if not events:
-        return html.paragraph("None were recorded.")
-    rows = []
-    for event in events:
-        detail = []
-        for key, value in event.items():
-            if key in ("event", "step", "seconds", "legacy_token"):
-                continue
-            if key == "modules":
-                value = ", ".join(_folded(value))
-            elif isinstance(value, list):
-                value = ", ".join(
-                    f"{one:.3g}" if isinstance(one, float) else str(one) for one in value
-                )
-            elif isinstance(value, float):
-                value = f"{value:.3g}"
-            detail.append(f"{key.replace('_', ' ')}: {value}")
-        place = (event["step"], f"{event['seconds']:.2f}", event["legacy_token"])
-        rows.append((str(event["event"]).replace("_", " "), *place, "; ".join(detail)))
-    return html.table(("event", "step", "seconds", "legacy token", "detail"), rows)
-
-
-def _glossary() -> list[str]:
+def _glossary(evaluations: Sequence[Evaluation]) -> list[str]:
+    entries = dict(GLOSSARY)
+    if any(evaluation.recall is not None for evaluation in evaluations):
+        entries |= PROBE_GLOSSARY
     terms = (
         f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>"
-        for term, text in GLOSSARY.items()
+        for term, text in entries.items()
     )
     return ["<h2>Words</h2>", f"<dl>{''.join(terms)}</dl>"]

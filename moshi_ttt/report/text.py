@@ -26,11 +26,25 @@ CAPTIONS = {
     "is growth, blue is decline. Diamonds: layers that take part in a jump.",
     "memory": "What the memory adds to the residual stream, relative to the residual; the gate "
     "that scales it; its norm before the gate; and how often the fast weights were updated.",
+    "contributions": "What attention and the feed-forward block add to the residual stream in "
+    "each layer, and the largest single channel of the layer's input: a massive activation that "
+    "moves or disappears is seen here before it is seen in the norm.",
+    "fast_weights": "Norm of the memory's fast weights (looked at every 16 steps), how strongly "
+    "each step is written, and how much is forgotten a step; means over the heads.",
+    "attention_mass": "Share of the attention that the layers looked at spend on position 0, on "
+    "the first positions together, and on the oldest quarter of the ring; means over heads. "
+    "0 after the key has left the ring.",
+    "pace": "Text padding and repetition over the 10 s before each step (a trigram that was said "
+    "in the 10 s before counts as repeated), and the time each step took.",
     "entropy": "How undecided the model is about its next text token and its next first-codebook "
     "token. A fall towards 0 often goes with repetition.",
     "nll": "Loss on real recordings that are fed in, not generated. Flat where the norms of the "
     "free generation rise, it speaks for the model's own output as the cause; rising with them, "
     "for the position.",
+    "recall": "Held-out recordings in which the user says a fact and asks for it later, fed in, "
+    "not generated. Shown is whether the words of the answer are Moshi's likeliest, given that "
+    "a word is spoken. Bands: 95 % intervals. Beyond C, attention no longer reaches the fact "
+    "directly.",
     "audio": "Left channel: Moshi. The spectrogram shows the left channel only.",
 }
 COMPARISON_CAPTIONS = {
@@ -38,6 +52,7 @@ COMPARISON_CAPTIONS = {
     "positions, grey where all runs share them, else in the colour of the run.",
     "signals": "Branch ratio (mean over hybrid layers, 0 for vanilla Moshi) and entropies.",
     "nll": CAPTIONS["nll"],
+    "recall": CAPTIONS["recall"],
 }
 GLOSSARY = {
     "step": "One position of Moshi's temporal transformer, one codec frame, 80 ms (12.5 a second). "
@@ -48,6 +63,8 @@ GLOSSARY = {
     "position in this report is given in all three clocks.",
     "C, capacity": "Slots of an attention ring, in steps: how far back a layer can look.",
     "end offset": "Steps written to a ring since it was reset.",
+    "sinks": "First positions that a ring never evicts; stock Moshi has none.",
+    "fast weights": "What the memory changes while the model runs; its slow weights are trained.",
     "evicted": "Steps that have been overwritten: end offset - capacity, or 0.",
     "turns": "How often writing has gone back to slot 0.",
     "jump": "A lasting rise of a layer's input norm at one position: the median of the 50 steps "
@@ -61,12 +78,21 @@ GLOSSARY = {
     "NLL": "Negative log-likelihood of real tokens, in nats a token; lower is better.",
     "stream": "One generation of the batch: a prompt and a random seed.",
 }
+PROBE_GLOSSARY = {
+    "memory probe": "A fact that the user mentions and asks for later; only the words of the "
+    "answer that stand for the fact are measured.",
+    "gap": "Seconds from the end of the last mention of a fact to the start of the question.",
+    "chance": "Share of answer words right by guessing among the values of the kind, e.g. 10 % for "
+    "a digit.",
+}
 
 
 def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
     """What one generation shows, as sentences."""
     lines = []
     clock, critical = trace.clock, trace.critical_steps()
+    if trace.prompt_steps >= trace.steps:
+        lines.append("Nothing was generated: recordings were fed in throughout (teacher-forced).")
     if not jumps:
         lines.append(
             f"No lasting jump of the input norm in {trace.steps} steps "
@@ -91,7 +117,8 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
             step = trace.context_steps * (1 if name == "C" else 2)
             lines.append(f"{name}, {clock.describe(step)}, lies beyond the end of this run.")
     if trace.hybrid_layers:
-        free = trace.branch_ratio[..., trace.prompt_steps :]
+        free_from = trace.prompt_steps if trace.prompt_steps < trace.steps else 0
+        free = trace.branch_ratio[..., free_from:]
         per_layer = np.median(free, axis=(0, 2))
         top = int(np.argmax(per_layer))
         lines.append(
