@@ -31,6 +31,8 @@ CODEC_CONFIG: dict[str, Any] = loaders._mimi_config | {
         "d_model": CODEC_DIM,
         "num_heads": 4,
         "num_layers": 3,
+        # scales that start at 0.01 would keep the layers out of a training of minutes
+        "layer_scale": None,
         # 4 s at 25 Hz: training pieces of 10 s then show every position a full window
         "context": 100,
         "dim_feedforward": 4 * CODEC_DIM,

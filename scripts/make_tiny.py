@@ -1,44 +1,40 @@
-"""Build the bundled tiny Moshi: moshi's structure and checkpoint layout in five million parameters.
+"""Assemble the tiny Moshi around its codec: moshi's structure and layout, ten million weights.
 
-    python scripts/make_tiny.py            # writes assets/tiny, about fifteen minutes on a core
+    python scripts/make_tiny.py begin FOLDER                 # tokenizer, config, untrained LM
+    python scripts/make_tiny.py finish FOLDER --trained RUN/checkpoints/last.safetensors
 
-Needs the demo set (`make_demo.py`), whose speech the codec learns to copy, and nothing outside the
-project's own dependencies. The language model is untrained: seeded random weights.
+`begin` adds what is missing to a folder in which `train_codec.py` has left a codec, so that
+`train/fit.py --config tiny_base.yaml --model.source FOLDER` can train it; `finish` puts the trained
+weights in the untrained ones' place, in bf16. `tiny_bundle.sh` runs the whole chain.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import math
-import sys
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import moshi_ttt  # isort: skip  # before moshi: it decides whether moshi compiles
+import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
 
-import numpy as np
 import safetensors.torch
 import sentencepiece
-import soundfile
 import torch
-from codec_training import fit_codebooks, scale_to_unit_variance, train
-from conversation import BACKCHANNELS, conversation
-from moshi.models import LMModel, MimiModel, loaders
+from codec_training import CODEC_CONFIG
+from conversation import sentences
+from moshi.models import LMModel, loaders
 from torch import Tensor, nn
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.loading import open_source
+from moshi_ttt.model import load_trained
 from moshi_ttt.trace import write_atomic, write_json
 
-ASSETS = Path(moshi_ttt.__file__).resolve().parent.parent / "assets"
 TEXT_CARD = 1000
-CARD = 512
-DIM = 128
-DEPFORMER_DIM = 64
-CODEC_DIM = 128
+DIM = 256
+LAYERS = 6
+DEPFORMER_DIM = 96
 
 FILES = {
     "moshi_name": "model.safetensors",
@@ -50,41 +46,25 @@ FILES = {
 LM_CONFIG: dict[str, Any] = loaders._lm_kwargs | {
     "dim": DIM,
     "text_card": TEXT_CARD,
-    "card": CARD,
+    "card": CODEC_CONFIG["quantizer"]["bins"],
     "num_heads": 4,
-    "num_layers": 4,
+    "num_layers": LAYERS,
     "context": 375,  # 30 s, so that the ring turns within a minute
     "depformer_dim": DEPFORMER_DIM,
     "depformer_dim_feedforward": int(4.125 * DEPFORMER_DIM),
     "depformer_num_heads": 4,
     "depformer_num_layers": 2,
 }
-CODEC_CONFIG: dict[str, Any] = loaders._mimi_config | {
-    "seanet": loaders._seanet_kwargs | {"dimension": CODEC_DIM, "n_filters": 8},
-    "quantizer": {
-        "dimension": 32,
-        "n_q": 8,
-        "bins": CARD,
-        "input_dimension": CODEC_DIM,
-        "output_dimension": CODEC_DIM,
-    },
-    "transformer": loaders._transformer_kwargs
-    | {
-        "d_model": CODEC_DIM,
-        "num_heads": 4,
-        "num_layers": 2,
-        "dim_feedforward": 4 * CODEC_DIM,
-        "input_dimension": CODEC_DIM,
-        "output_dimensions": [CODEC_DIM],
-    },
-}
 
 
 def build_tokenizer(seed: int) -> bytes:
-    """A sentencepiece model with moshi's special ids: 0 unknown, 1 begin, 2 end, 3 padding."""
+    """A sentencepiece model with moshi's special ids: 0 unknown, 1 begin, 2 end, 3 padding.
+
+    It reads what the generated speakers might say, and the commonest words of English in general.
+    """
     model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_sentences(seed),
+        sentence_iterator=sentences(seed),
         model_writer=model,
         vocab_size=TEXT_CARD,
         model_type="bpe",
@@ -98,20 +78,6 @@ def build_tokenizer(seed: int) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def _sentences(seed: int) -> Iterator[str]:
-    """What the demo set's speakers might say, and the commonest words of English in general."""
-    rng = np.random.default_rng(seed)
-    for _ in range(20):
-        for turn in itertools.islice(conversation(rng), 80):
-            yield from turn.sentences
-    yield from BACKCHANNELS
-    words = (Path(__file__).parent / "common_english.txt").read_text().split()
-    for _ in range(20):
-        order = rng.permutation(len(words))
-        for first in range(0, len(words), 10):
-            yield " ".join(words[i] for i in order[first : first + 10])
 
 
 def build_lm(seed: int) -> LMModel:
@@ -128,67 +94,50 @@ def build_lm(seed: int) -> LMModel:
             continue
         std = 1 / math.sqrt(module.in_features)
         if "out_projs" in name or name.endswith("linear_out"):
-            std /= math.sqrt(2 * LM_CONFIG["num_layers"])
+            std /= math.sqrt(2 * LAYERS)
         nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
     return lm
 
 
-def build_codec(speech: Tensor, updates: int, seed: int) -> MimiModel:
-    """A small Mimi that has heard `speech` [samples] for `updates` optimizer steps."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    codec = loaders.get_mimi(None, CODEC_CONFIG)
-    loud = speech.unfold(0, codec.frame_size * 100, codec.frame_size * 100)  # [pieces, 8 s]
-    loud = loud[loud.std(dim=1).argsort(descending=True)[:8], None]
-    scale_to_unit_variance(codec, loud)
-    if updates:
-        train(codec, speech, updates, generator)
-    else:
-        fit_codebooks(codec, speech, generator)
-    return codec
+def begin(folder: Path, seed: int) -> None:
+    """Make a folder with a codec loadable: tokenizer, config, seeded untrained LM in float32.
 
-
-def read_speech(manifest: Path) -> Tensor:
-    """Both channels of every recording, one after the other, [samples]."""
-    if not manifest.exists():
-        raise UserError(
-            f"{manifest} does not exist; build the demo set: python scripts/make_demo.py"
-        )
-    parts = []
-    for line in manifest.read_text().splitlines():
-        audio, sample_rate = soundfile.read(
-            manifest.parent / json.loads(line)["path"], dtype="float32", always_2d=True
-        )
-        if sample_rate != CODEC_CONFIG["sample_rate"]:
+    Raises:
+        UserError: the codec is missing.
+    """
+    for name in (FILES["mimi_name"], FILES["mimi_config_name"]):
+        if not (folder / name).is_file():
             raise UserError(
-                f"{manifest}: {line} has {sample_rate} Hz, but the codec hears "
-                f"{CODEC_CONFIG['sample_rate']}; rebuild the demo set: python scripts/make_demo.py"
+                f"{folder / name} is missing; train the codec first: "
+                f"python scripts/train_codec.py MANIFEST --out {folder}"
             )
-        parts.append(torch.from_numpy(audio.T.copy()).flatten())
-    return torch.cat(parts)
+    _write(folder / FILES["tokenizer_name"], build_tokenizer(seed))
+    _write(folder / FILES["moshi_name"], _stored(build_lm(seed), torch.float32))
+    write_json(folder / "config.json", FILES | LM_CONFIG)
 
 
-def stored(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state to write: weights in `dtype`, buffers (codebooks) as they are."""
-    parameters = dict(model.named_parameters())
-    return {
-        name: (value.to(dtype) if name in parameters else value).contiguous()
-        for name, value in model.state_dict().items()
-    }
+def finish(folder: Path, trained: Path) -> None:
+    """Write the weights of a `train: base` run over the folder's untrained ones, in bf16.
+
+    Raises:
+        UserError: the file holds something else than a trained base.
+    """
+    lm, source, config, trained_steps = load_trained(trained)
+    if config.train != "base":
+        raise UserError(
+            f"{trained} was trained with model.train={config.train}; only `base` gives plain Moshi"
+        )
+    _write(folder / FILES["moshi_name"], _stored(lm, torch.bfloat16))
+    parameters = sum(p.numel() for p in open_source(str(folder)).lm().parameters())
+    print(
+        f"{folder}: {parameters:,} parameters, trained on clips of "
+        f"{source.clock.describe(trained_steps)}"
+    )
 
 
-def codebook_report(codec: MimiModel, speech: Tensor) -> list[tuple[int, float]]:
-    """Codewords used and entropy in bits of every level, over `speech` [samples]."""
-    samples = codec.frame_size * 375
-    rows = speech[: len(speech) // samples * samples].reshape(-1, 1, 1, samples)
-    with torch.no_grad():
-        codes = torch.cat([codec.encode(row) for row in rows], dim=2)[0]  # [levels, steps]
-    report = []
-    for level in codes:
-        share = torch.bincount(level, minlength=CARD) / len(level)
-        entropy = -(share * share.clamp(min=1e-12).log2()).sum()
-        report.append((int((share > 0).sum()), float(entropy)))
-    return report
+def _stored(model: nn.Module, dtype: torch.dtype) -> bytes:
+    tensors: dict[str, Tensor] = model.state_dict()
+    return safetensors.torch.save({k: v.to(dtype).contiguous() for k, v in tensors.items()})
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -196,32 +145,23 @@ def _write(path: Path, data: bytes) -> None:
     print(f"{path}: {len(data) / 1e6:.2f} MB")
 
 
-def main(out: Path, demo: Path, updates: int, seed: int) -> None:
-    """Write the bundle into `out`, each file whole or not at all."""
-    torch.set_num_threads(1)  # the order of sums, and so the weights, depend on it
-    speech = read_speech(demo / "train.jsonl")
-    lm = build_lm(seed)
-    codec = build_codec(speech, updates, seed)
-    write_json(out / "config.json", FILES | LM_CONFIG)
-    write_json(out / "mimi_config.json", CODEC_CONFIG)
-    _write(out / FILES["tokenizer_name"], build_tokenizer(seed))
-    _write(out / FILES["moshi_name"], safetensors.torch.save(stored(lm, torch.bfloat16)))
-    _write(out / FILES["mimi_name"], safetensors.torch.save(stored(codec, torch.float16)))
-    used = codebook_report(loaders.get_mimi(out / "mimi.safetensors", CODEC_CONFIG), speech)
-    for level, (count, bits) in enumerate(used):
-        print(f"codebook {level}: {count} of {CARD} codewords used, {bits:.2f} bits")
+def main() -> None:
+    """Begin or finish a folder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=("begin", "finish"), help="before or after LM training")
+    parser.add_argument("folder", type=Path, help="folder in moshi's layout")
+    parser.add_argument(
+        "--trained", type=Path, help="for `finish`: RUN/checkpoints/last.safetensors"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for `begin`: seed of the weights")
+    arguments = parser.parse_args()
+    if arguments.stage == "begin":
+        begin(arguments.folder, arguments.seed)
+    elif arguments.trained is None:
+        raise UserError("--trained is missing; give RUN/checkpoints/last.safetensors")
+    else:
+        finish(arguments.folder, arguments.trained)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ASSETS / "tiny", help="folder to write")
-    parser.add_argument("--demo", type=Path, default=ASSETS / "demo", help="demo set to hear")
-    parser.add_argument(
-        "--codec-updates", type=int, default=2400, help="optimizer steps of the codec; 0 for none"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and training")
-    arguments = parser.parse_args()
-    try:
-        main(arguments.out, arguments.demo, arguments.codec_updates, arguments.seed)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

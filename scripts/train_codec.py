@@ -147,7 +147,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16-mixed", "32-true"), help="bf16 on a GPU")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.ckpt")
     parser.add_argument(
-        "--adversarial", action=argparse.BooleanOptionalAction, default=True, help="last phase"
+        "--adversarial",
+        action=argparse.BooleanOptionalAction,
+        default=usual.adversarial,
+        help="a last phase against a discriminator",
     )
     parser.add_argument(
         "--rows", type=int, default=usual.rows, help="pieces of 2.56 s in an update"

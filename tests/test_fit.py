@@ -100,7 +100,23 @@ def test_shipped_overlays_are_all_tried() -> None:
     assert names - {n for n in names if n.startswith("long")} == {
         "moshiko.yaml",
         "moshi7b_random.yaml",
+        "tiny_base.yaml",
     }
+
+
+def test_the_recipe_of_the_tiny_base_trains_all_of_moshi_and_adds_nothing() -> None:
+    # what it names is built by scripts/tiny_bundle.sh and not shipped: stand in the demo for it
+    cli = parse(
+        "--config=tiny_base.yaml",
+        "--model.source=tiny",
+        "--data.manifest=assets/demo/train.jsonl",
+        "--data.val_manifest=assets/demo/val.jsonl",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+    )
+    assert cli.model.config.train == "base"
+    assert cli.datamodule.duration_sec == 15
+    assert cli.datamodule.source == "tiny"
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,7 @@ def test_what_trains_is_one_field_and_comes_back_from_its_file(
     lm = build_lm(chosen, source)
     found = trainable_groups(lm)
     assert set(found) == groups
-    assert all("lora_" in name for name in found.get("rest", {})) == (
-        train not in ("base", "full")
-    )
+    assert all("lora_" in name for name in found.get("rest", {})) == (train not in ("base", "full"))
     assert bool(hybrid_layers(lm)) == (train not in ("lora", "base"))
     with torch.no_grad():
         for group in found.values():

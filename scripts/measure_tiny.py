@@ -1,0 +1,222 @@
+"""What the base does before anybody adds a memory: numbers and figures of docs/tiny_moshi.md.
+
+    python scripts/measure_tiny.py                       # the bundle, writes docs/tiny_moshi/
+    python scripts/measure_tiny.py --model build/tiny --train build/train/manifest.jsonl \
+        --heldout build/heldout/manifest.jsonl --out build/baseline
+
+Held-out loss of each stream beside what a unigram and a copying model lose; loss against position
+on stretches that start anywhere in a conversation, so that position is not mistaken for the
+greeting at its beginning; input norms while talking freely and while reading; recall of probes
+against their gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
+
+import numpy as np
+import torch
+from moshi.models.lm import LMModel
+from torch import Tensor
+from tqdm import tqdm
+
+from moshi_ttt.data import EncodedRecording, RecordingReader, read_manifest
+from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.loading import ASSETS, open_source
+from moshi_ttt.longrun import LongRunConfig, evaluate
+from moshi_ttt.metrics import STREAMS, PositionNLL
+from moshi_ttt.report import png, recall_figure
+from moshi_ttt.report.evaluation import Evaluation
+from moshi_ttt.report.figures import nll_figure, norm_figure
+from moshi_ttt.report.recall import gap_positions
+from moshi_ttt.trace import write_atomic, write_json
+
+CONVERSATIONS = ASSETS / "conversations"
+CLIP_SEC = 15.0  # what the LM was trained on
+WINDOW_SEC = 5.0
+SPACING_SEC = 30.0  # between the starts of two stretches
+BATCH = 4
+
+
+def clips(recordings: Sequence[EncodedRecording], steps: int, every_steps: int) -> list[Tensor]:
+    """Full stretches of `steps` of all recordings, one every `every_steps`, [17, steps] each."""
+    return [
+        one.codes[:, start : start + steps]
+        for one in recordings
+        for start in range(0, one.steps - steps + 1, every_steps)
+    ]
+
+
+@torch.no_grad()
+def nll_by_position(lm: LMModel, pieces: Sequence[Tensor], window_steps: int) -> dict[str, Any]:
+    """Teacher-forced NLL of pieces [17, T] in windows of position, as in `nll.json`."""
+    steps = pieces[0].shape[-1]
+    metric = PositionNLL(window_steps, -(-steps // window_steps)).to(lm.device)
+    for first in tqdm(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
+        codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
+        metric.update(lm, lm(codes), codes)
+    values = {stream: nll.reshape(-1).tolist() for stream, nll in metric.compute().items()}
+    return {
+        "window_steps": window_steps,
+        "start_step": list(range(0, steps, window_steps)),
+        **values,
+    }
+
+
+def rows_of(stream: str, own_codebooks: int) -> range:
+    """Rows of the codes that a stream of `PositionNLL` means."""
+    first = {"text": 0, "first_codebook": 1, "other_codebooks": 2}[stream]
+    last = {"text": 0, "first_codebook": 1, "other_codebooks": own_codebooks}[stream]
+    return range(first, last + 1)
+
+
+def baselines(
+    train: Sequence[EncodedRecording],
+    heldout: Sequence[EncodedRecording],
+    stream: str,
+    card: int,
+    own_codebooks: int,
+) -> dict[str, float]:
+    """Held-out NLL in nats a token of models that were fitted to the training recordings.
+
+    `uniform` knows the vocabulary, `unigram` how often each token occurs (plus one), `copy` mixes
+    the unigram with the token before, in the share that fits the training recordings best.
+    """
+    unigram_nll, copy_nll = [], []
+    for row in rows_of(stream, own_codebooks):
+        known = torch.cat([one.codes[row] for one in train]).numpy()
+        unigram = np.bincount(known, minlength=card) + 1.0
+        unigram /= unigram.sum()
+        repeats = float(np.mean(np.concatenate([_repeats(one, row) for one in train])))
+        # a repeat is either copied or drawn again by chance
+        by_chance = float((unigram**2).sum())
+        share = max(0.0, (repeats - by_chance) / (1 - by_chance))
+        for one in heldout:
+            tokens = one.codes[row].numpy()[1:]
+            unigram_nll.append(-np.log(unigram[tokens]))
+            mixed = (1 - share) * unigram[tokens] + share * _repeats(one, row)
+            copy_nll.append(-np.log(mixed))
+    return {
+        "uniform": float(np.log(card)),
+        "unigram": float(np.concatenate(unigram_nll).mean()),
+        "copy": float(np.concatenate(copy_nll).mean()),
+    }
+
+
+def _repeats(recording: EncodedRecording, row: int) -> np.ndarray:
+    tokens = recording.codes[row].numpy()
+    return tokens[1:] == tokens[:-1]
+
+
+def write_figures(out: Path, by_position: dict[str, Any], free: Path, forced: Path) -> None:
+    """Write norms of both runs, loss against position, and recall where there are probes, as PNG.
+
+    Args:
+        out: folder to write.
+        by_position: what `nll_by_position` gave.
+        free: evaluation folder of the run that talks.
+        forced: evaluation folder of the run that reads.
+    """
+    evaluations = {"free": Evaluation.load(free), "forced": Evaluation.load(forced)}
+    traces = {name: evaluation.trace() for name, evaluation in evaluations.items()}
+    figures = {
+        f"input_norm_{name}": norm_figure(traces[name], evaluations[name].jumps)
+        for name in evaluations
+    }
+    trace, recall = traces["forced"], evaluations["forced"].recall
+    figures["nll"] = nll_figure({"held out, teacher-forced": by_position}, [trace])
+    if recall is not None:
+        figures["recall"] = recall_figure({"held out": recall}, [gap_positions(trace)])
+    for name, figure in figures.items():
+        write_atomic(out / f"{name}.png", methodcaller("write", png(figure)))
+
+
+def main() -> None:
+    """Measure and write `baseline.json` and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help="model source (default: tiny)")
+    parser.add_argument("--train", type=Path, default=CONVERSATIONS / "train" / "manifest.jsonl")
+    parser.add_argument(
+        "--heldout", type=Path, default=CONVERSATIONS / "heldout" / "manifest.jsonl"
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/tiny_moshi"), help="folder to write")
+    parser.add_argument("--runs", type=Path, default=Path("runs/baseline"), help="raw evaluations")
+    parser.add_argument("--seconds", type=float, default=150.0, help="length of the long stretches")
+    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/codes"))
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = open_source(arguments.model)
+    clock = source.clock
+    reader = RecordingReader(source, arguments.cache_dir)
+    train = reader.read(read_manifest(arguments.train)[0])
+    heldout = reader.read(read_manifest(arguments.heldout)[0])
+    lm = source.lm(device=device)
+
+    window_steps, clip_steps = clock.steps(WINDOW_SEC), clock.steps(CLIP_SEC)
+    long_steps = clock.steps(arguments.seconds)
+    stretches = clips(heldout, long_steps, clock.steps(SPACING_SEC))
+    if not stretches:
+        raise UserError(
+            f"no recording of {arguments.heldout} lasts {arguments.seconds:g} s; lower --seconds"
+        )
+    in_clips = nll_by_position(lm, clips(heldout, clip_steps, clip_steps), clip_steps)
+    by_position = nll_by_position(lm, stretches, window_steps)
+    streams = {
+        stream: {
+            **baselines(
+                train,
+                heldout,
+                stream,
+                lm.text_card if stream == "text" else lm.card,
+                lm.dep_q,
+            ),
+            "lm_15s_clips": in_clips[stream][0],
+        }
+        for stream in STREAMS
+    }
+    scalars = {}
+    for name, prompt_sec in (("free", 10.0), ("forced", arguments.seconds)):
+        scalars[name] = evaluate(
+            lm,
+            source,
+            heldout,
+            LongRunConfig(
+                seconds=arguments.seconds,
+                prompt_sec=prompt_sec,
+                prompts=4,
+                seeds=2,
+                audio_streams=1,
+            ),
+            arguments.runs / name,
+            label=f"{source.name}, {name}",
+            trained_steps=clip_steps,
+        )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(
+        arguments.out / "baseline.json",
+        {
+            "model": source.name,
+            "heldout": {
+                "recordings": len(heldout),
+                "hours": sum(clock.seconds(one.steps) for one in heldout) / 3600,
+                "probes": sum(len(one.probes) for one in heldout),
+                "stretches": len(stretches),
+            },
+            "nll": streams,
+            "nll_by_position": by_position,
+            "recall": Evaluation.load(arguments.runs / "free").recall,
+            "free": scalars["free"],
+            "forced": scalars["forced"],
+        },
+    )
+    write_figures(arguments.out, by_position, arguments.runs / "free", arguments.runs / "forced")
+
+
+if __name__ == "__main__":
+    run_program(main)

