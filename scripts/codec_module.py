@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from moshi_ttt.trace import write_atomic, write_json
 
 BALANCE = {"mel": 1.0, "linear": 0.5, "features": 1.0, "adversarial": 0.5}
-"""Shares of the gradient at the output; no waveform loss, since phases cost bits that words need."""
+"""Shares of the gradient at the output; no waveform loss: phases cost bits that words need."""
 COMMITMENT_WEIGHT = 0.25
 LOG_EVERY_UPDATES = 50  # reading a number back waits for the device
 
