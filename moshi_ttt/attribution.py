@@ -21,11 +21,10 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.generation import borrowed, generate
 from moshi_ttt.hybrid import gates_forced_to_zero
 from moshi_ttt.hypotheses import FIRST_PLACE_STEPS, Cell, Condition, Regime
+from moshi_ttt.longrun import STEPS_PAST_2C
 from moshi_ttt.recorder import Recorder
 from moshi_ttt.sinks import AttentionControls
 from moshi_ttt.trace import write_atomic, write_json
-
-STEPS_PAST_2C = 150
 
 
 @dataclass(frozen=True, kw_only=True)

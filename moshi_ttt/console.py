@@ -86,13 +86,13 @@ class ConsoleLog:
 
     def after_step(self, step: int) -> None:
         """Call after each generated step; reads and writes only when a line is due."""
-        temporal = [ring for ring in self._recorder.rings if ring.role == "temporal"]
         if step == 0:
             self._emit(cache_events(self._recorder.rings, self._clock))
         turns = step >= self._context_steps and step % self._context_steps == 0
         names = self._positions.get(step, [])
         if not (names or turns or step % self._interval_steps == 0):
             return
+        temporal = [ring for ring in self._recorder.rings if ring.role == "temporal"]
         first, self._read_to = self._read_to, step + 1
         block = self._recorder.read(first, step + 1)
         events = turn_events(block["ring_end_offset"][0], temporal, self._clock, first_step=first)

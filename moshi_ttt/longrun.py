@@ -32,10 +32,11 @@ from moshi_ttt.loading import ModelSource
 from moshi_ttt.metrics import STREAMS
 from moshi_ttt.recall import recall_scalars
 from moshi_ttt.recorder import Recorder
-from moshi_ttt.teacher_forced import read_teacher_forced
+from moshi_ttt.teacher_forced import TeacherForced, read_teacher_forced
 from moshi_ttt.trace import Trace
 
 STEPS_PAST_2C = 150
+"""12 s: how far a run goes beyond the second turn of the ring, unless told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,7 @@ def evaluate(
     *,
     label: str,
     trained_steps: int | None,
+    read: TeacherForced | None = None,
 ) -> dict[str, float]:
     """Generate, measure, and write the evaluation folder; the model is handed back unchanged.
 
@@ -128,6 +130,8 @@ def evaluate(
         folder: written to; see `moshi_ttt.trace` for the layout.
         label: title in figures and tables.
         trained_steps: clip length of the training; None if unknown.
+        read: what reading the recordings gave, if another run of this length and these windows
+            has read them; None reads.
 
     Returns:
         The scalars of `summary.json`, by tag.
@@ -184,12 +188,9 @@ def evaluate(
             on_step=on_step,
         ).cpu()
         generating_sec = time.monotonic() - generating_sec
-        read = read_teacher_forced(
-            lm,
-            recordings[: config.nll_recordings],
-            steps,
-            clock.steps(config.nll_window_sec),
-        )
+        if read is None:
+            windows = clock.steps(config.nll_window_sec)
+            read = read_teacher_forced(lm, recordings[: config.nll_recordings], steps, windows)
         trace = Trace(
             label=label,
             source=source.name,

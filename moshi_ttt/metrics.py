@@ -55,3 +55,13 @@ class PositionNLL(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Stream name -> [windows] nats; NaN for a window without a token."""
         return dict(zip(STREAMS, self.totals / self.counts, strict=True))
+
+    def record(self) -> dict[str, Any]:
+        """Content of `nll.json`: `window_steps`, `start_step` of each window, nats of each stream.
+
+        Windows without a token are NaN.
+        """
+        # torchmetrics turns a single window into a scalar
+        values = {stream: nll.reshape(-1).tolist() for stream, nll in self.compute().items()}
+        starts = [window * self.window_steps for window in range(self.totals.shape[1])]
+        return {"window_steps": self.window_steps, "start_step": starts, **values}

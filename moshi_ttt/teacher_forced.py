@@ -24,8 +24,7 @@ class TeacherForced:
     """What reading the held-out recordings gave."""
 
     nll: dict[str, Any]
-    """Content of `nll.json`: `window_steps`, `start_step` and one list a stream (nats a token;
-    NaN without tokens)."""
+    """Content of `nll.json`, as `PositionNLL.record` gives it."""
     recall: dict[str, list[float]] | None
     """Content of `probes.json`; None without probes."""
 
@@ -57,12 +56,7 @@ def read_teacher_forced(
         output = lm(codes)
         recall.update(lm, output, codes, recording.probes)
         nll.update(lm, _first_steps(output, steps), codes[..., :steps])
-    # torchmetrics turns a single window into a scalar
-    values = {stream: value.reshape(-1).tolist() for stream, value in nll.compute().items()}
-    starts = [window * window_steps for window in range(len(values["text"]))]
-    return TeacherForced(
-        {"window_steps": window_steps, "start_step": starts, **values}, recall_record(recall)
-    )
+    return TeacherForced(nll.record(), recall_record(recall))
 
 
 def _first_steps(output: LMOutput, steps: int) -> LMOutput:

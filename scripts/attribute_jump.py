@@ -36,7 +36,7 @@ from moshi_ttt.attribution import (
     streams_from,
     weights_fingerprint,
 )
-from moshi_ttt.data import EncodedRecording, RecordingReader, check_manifest, read_manifest
+from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.hybrid import hybrid_layers
 from moshi_ttt.hypotheses import Cell, Condition, Evidence
@@ -76,7 +76,8 @@ def main(args: list[str] | None = None) -> Verdict:
     clock = source.clock
     prompt_steps = clock.steps(matrix.prompt_sec)
     matrix.check_prompt(prompt_steps)
-    streams, forced = _streams(_recordings(options, source), lm, source, matrix, prompt_steps)
+    recordings = read_recordings(source, Path(options.manifest), Path(options.cache_dir))
+    streams, forced = _streams(recordings, lm, source, matrix, prompt_steps)
     cells: list[Cell] = []
     for number, subject in enumerate(subjects):
         if number:
@@ -195,12 +196,6 @@ def _subjects(options: Any) -> list[Subject]:
     if len({one.name for one in subjects}) < len(subjects):
         raise UserError("--checkpoint names one file twice; give different ones")
     return subjects
-
-
-def _recordings(options: Any, source: ModelSource) -> list[EncodedRecording]:
-    manifest = Path(options.manifest)
-    check_manifest(manifest, source.clock, source.tokenizer(), decode=False).raise_problems()
-    return RecordingReader(source, Path(options.cache_dir)).read(read_manifest(manifest)[0])
 
 
 def _streams(

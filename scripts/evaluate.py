@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from moshi_ttt.data import RecordingReader, check_manifest, read_manifest
+from moshi_ttt.data import read_recordings
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.loading import ASSETS, open_source
 from moshi_ttt.longrun import LongRunConfig, evaluate
@@ -64,9 +64,7 @@ def main(args: list[str] | None = None) -> Path:
     assert lm.context is not None
     seconds = round(source.clock.seconds(run.steps(source.clock, lm.context)))
     out = Path(options.out or f"{default_out}_{seconds}s")
-    manifest = Path(options.manifest)
-    check_manifest(manifest, source.clock, source.tokenizer(), decode=False).raise_problems()
-    recordings = RecordingReader(source, Path(options.cache_dir)).read(read_manifest(manifest)[0])
+    recordings = read_recordings(source, Path(options.manifest), Path(options.cache_dir))
     evaluate(
         lm,
         source,

@@ -15,10 +15,10 @@ import argparse
 import itertools
 import json
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO
@@ -36,7 +36,7 @@ from voices import (
     voice,
 )
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.trace import write_atomic
 
 SPLITS = ("train", "heldout")
@@ -230,8 +230,9 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--format", choices=FORMATS, default="flac", help="of the sound")
     arguments = parser.parse_args()
-    try:
-        main(
+    run_program(
+        partial(
+            main,
             arguments.out,
             hours=arguments.hours,
             split=arguments.split,
@@ -240,5 +241,4 @@ if __name__ == "__main__":
             workers=arguments.workers,
             suffix=arguments.format,
         )
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    )

@@ -11,13 +11,13 @@ to run.
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 
 from make_conversations import Recipe, record, write_manifest
 from voices import check_packages
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import run_program
 
 # split of the generator, length in seconds, names; the validation recording outlasts 185 s, room
 # for a long prompt
@@ -52,7 +52,4 @@ if __name__ == "__main__":
     # every voice once, and for validation the held-out one
     parser.add_argument("--seed", type=int, default=10, help="seed of text, timing and voices")
     arguments = parser.parse_args()
-    try:
-        main(arguments.out, arguments.seed)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_program(partial(main, arguments.out, arguments.seed))

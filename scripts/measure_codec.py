@@ -29,8 +29,8 @@ from codec_losses import spectral_distances
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from moshi.models import MimiModel, loaders
-from moshi.modules.transformer import StreamingMultiheadAttention
 from scipy.signal import resample_poly
+from timeline import SPEAKERS
 from torch import Tensor
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 from torchmetrics.functional.text import word_error_rate
@@ -38,16 +38,14 @@ from tqdm import tqdm
 
 from moshi_ttt.data import read_manifest
 from moshi_ttt.data.audio import read_audio
-from moshi_ttt.data.codes import encode_recording
+from moshi_ttt.data.codes import encode_recording, visible_past_steps
 from moshi_ttt.data.manifest import raise_together
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.trace import write_atomic, write_json
 
-SPEAKERS = ("SPEAKER_MAIN", "SPEAKER_USER")  # left, right
 _GAP_SEC = 0.4  # between words: cut there
 _MARGIN_SEC = 0.15  # kept around what is cut
 _RECOGNISER_RATE = 16_000
-_CONVOLUTION_STEPS = 13  # the codec's convolutions look back 0.3 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +126,7 @@ def load_codec(folder: Path) -> MimiModel:
 @torch.no_grad()
 def decode_recording(codec: MimiModel, codes: Tensor, piece_steps: int = 750) -> Tensor:
     """Decode [K, T] in pieces, each behind all that its first sample can depend on; [samples]."""
-    assert codec.decoder_transformer is not None
-    layers = [
-        module.context
-        for module in codec.decoder_transformer.modules()
-        if isinstance(module, StreamingMultiheadAttention)
-    ]
-    past_steps = sum(c - 1 for c in layers if c is not None) // 2 + _CONVOLUTION_STEPS
+    past_steps = visible_past_steps(codec, codec.decoder_transformer)
     pieces = []
     for done in range(0, codes.shape[1], piece_steps):
         begin = max(0, done - past_steps)

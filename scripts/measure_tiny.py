@@ -26,7 +26,7 @@ from moshi.models.lm import LMModel
 from torch import Tensor
 from tqdm import tqdm
 
-from moshi_ttt.data import EncodedRecording, RecordingReader, read_manifest
+from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.loading import ASSETS, open_source
 from moshi_ttt.longrun import LongRunConfig, evaluate
@@ -35,11 +35,13 @@ from moshi_ttt.report import png, recall_figure
 from moshi_ttt.report.evaluation import Evaluation
 from moshi_ttt.report.figures import nll_figure, norm_figure
 from moshi_ttt.report.recall import gap_positions
+from moshi_ttt.teacher_forced import read_teacher_forced
 from moshi_ttt.trace import write_atomic, write_json
 
 CONVERSATIONS = ASSETS / "conversations"
 CLIP_SEC = 15.0  # what the LM was trained on
 WINDOW_SEC = 5.0
+NLL_RECORDINGS = 12  # the first ones, for loss and recall of whole recordings
 SPACING_SEC = 30.0  # between the starts of two stretches
 BATCH = 4
 
@@ -55,18 +57,13 @@ def clips(recordings: Sequence[EncodedRecording], steps: int, every_steps: int) 
 
 @torch.no_grad()
 def nll_by_position(lm: LMModel, pieces: Sequence[Tensor], window_steps: int) -> dict[str, Any]:
-    """Teacher-forced NLL of pieces [17, T] in windows of position, as in `nll.json`."""
+    """Teacher-forced NLL of pieces [17, T], as `PositionNLL.record` gives it."""
     steps = pieces[0].shape[-1]
     metric = PositionNLL(window_steps, -(-steps // window_steps)).to(lm.device)
     for first in tqdm(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
         codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
         metric.update(lm, lm(codes), codes)
-    values = {stream: nll.reshape(-1).tolist() for stream, nll in metric.compute().items()}
-    return {
-        "window_steps": window_steps,
-        "start_step": list(range(0, steps, window_steps)),
-        **values,
-    }
+    return metric.record()
 
 
 def rows_of(stream: str, own_codebooks: int) -> range:
@@ -153,9 +150,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = open_source(arguments.model)
     clock = source.clock
-    reader = RecordingReader(source, arguments.cache_dir)
-    train = reader.read(read_manifest(arguments.train)[0])
-    heldout = reader.read(read_manifest(arguments.heldout)[0])
+    train = read_recordings(source, arguments.train, arguments.cache_dir)
+    heldout = read_recordings(source, arguments.heldout, arguments.cache_dir)
     lm = source.lm(device=device)
 
     window_steps, clip_steps = clock.steps(WINDOW_SEC), clock.steps(CLIP_SEC)
@@ -180,6 +176,8 @@ def main() -> None:
         }
         for stream in STREAMS
     }
+    # the same for both runs, and slow
+    read = read_teacher_forced(lm, heldout[:NLL_RECORDINGS], long_steps, window_steps)
     scalars = {}
     for name, prompt_sec in (("free", 10.0), ("forced", arguments.seconds)):
         scalars[name] = evaluate(
@@ -197,6 +195,7 @@ def main() -> None:
             arguments.runs / name,
             label=f"{source.name}, {name}",
             trained_steps=clip_steps,
+            read=read,
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(

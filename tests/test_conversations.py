@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -290,6 +291,28 @@ def test_impossible_arguments_are_named(
 
     with pytest.raises(UserError, match=message):
         scripts["make_conversations"].main(tmp_path, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [("make_conversations", ["{out}", "--hours", "1"]), ("make_demo", ["--out", "{out}"])],
+)
+def test_programs_without_the_voices_end_with_status_2(
+    scripts: dict[str, ModuleType],
+    tmp_path: Path,
+    program: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled = [one.format(out=tmp_path) for one in arguments]
+    monkeypatch.setattr("sys.argv", [program, *filled])
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / f"{program}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: cannot import hibari")
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from data_fakes import FakeSource, write_manifest
 from moshi.models import loaders
 from moshi.models.compression import MimiModel
 
-from moshi_ttt.data import RecordingReader, read_manifest
+from moshi_ttt.data import RecordingReader, read_manifest, read_recordings
 from moshi_ttt.data.cache import CodeCache
 from moshi_ttt.data.codes import encode_recording
 from moshi_ttt.errors import UserError
@@ -59,7 +59,7 @@ def test_the_past_behind_a_piece_is_needed(
 ) -> None:
     audio = torch.randn(1, 1920 * 100, dtype=torch.float64)
     whole = encode_recording(codec, audio)
-    monkeypatch.setattr("moshi_ttt.data.codes._visible_past_steps", lambda codec: 1)
+    monkeypatch.setattr("moshi_ttt.data.codes.visible_past_steps", lambda *_: 1)
     assert not torch.equal(encode_recording(codec, audio, 45), whole)
 
 
@@ -203,3 +203,27 @@ def test_rows_are_text_then_moshi_then_user(tmp_path: Path) -> None:
     assert recording.codes[0].tolist() == [17, 14, 21, 21, 24, *[3] * 8]  # h e l l o
     left, right = source.encoded
     assert left != right
+
+
+def test_recordings_of_a_manifest_are_those_of_its_entries(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", {"a.wav": 1.0, "b.wav": 2.0})
+    found = read_recordings(FakeSource(), manifest, tmp_path / "cache")
+    expected = RecordingReader(FakeSource(), tmp_path / "other").read(read_manifest(manifest)[0])
+    assert [one.name for one in found] == ["a.wav", "b.wav"]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.codes, other.codes)
+
+
+def test_all_that_is_wrong_with_a_manifest_is_named_before_anything_is_encoded(
+    tmp_path: Path,
+) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", {"a.wav": 1.0, "b.wav": 1.0, "c.wav": 1.0})
+    (tmp_path / "a.wav").write_text("spoilt")
+    (tmp_path / "b.json").write_text("{}")
+    manifest.write_text(manifest.read_text() + "not json\n")
+    source = FakeSource()
+    with pytest.raises(UserError, match=r"(?s)m\.jsonl: 3 problem.*line 4.*line 1.*line 2"):
+        read_recordings(source, manifest, tmp_path / "cache")
+    assert source.codecs == []
+    with pytest.raises(UserError, match=r"nowhere\.jsonl cannot be read"):
+        read_recordings(source, tmp_path / "nowhere.jsonl", tmp_path / "cache")

@@ -223,6 +223,20 @@ def test_padding_and_repetition_are_logged(make_lm: Callable[..., LMModel]) -> N
     assert float(last["step_ms"]) > 0
 
 
+def test_between_lines_nothing_is_asked_of_the_recorder() -> None:
+    recorder: Any = object()
+    log = ConsoleLog(
+        recorder,
+        Clock(),
+        steps=STEPS,
+        context_steps=CONTEXT,
+        interval_steps=25,
+        write=lambda line: pytest.fail(line),
+    )
+    for step in range(1, CONTEXT - 1):
+        log.after_step(step)
+
+
 def test_a_log_needs_an_interval(make_lm: Callable[..., LMModel]) -> None:
     with pytest.raises(UserError, match="log interval 0 must be at least 1"):
         run_with_log(make_lm, interval_steps=0)

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from lm_fakes import STEPS, STREAMS, MakeLM, hybrid, random_codes
 from moshi.models.lm import LMModel
 from torch import Tensor
 
 from moshi_ttt.generation import borrowed, generate
-from moshi_ttt.hybrid import add_memory, hybrid_layers
-from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.hybrid import hybrid_layers
 from moshi_ttt.recorder import Recorder
-
-MakeLM = Callable[..., LMModel]
-STREAMS, STEPS = 2, 40  # context 16: the ring turns twice
-
-
-def random_codes(steps: int = STEPS, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (STREAMS, 17, steps), generator=generator)
-    return codes
-
-
-def hybrid(make_lm: MakeLM, **config: Any) -> LMModel:
-    lm = make_lm()
-    torch.manual_seed(3)
-    add_memory(lm, MemoryConfig(layers=[0, 2], heads=2, mini_batch_steps=5, **config))
-    for layer in hybrid_layers(lm).values():
-        torch.nn.init.normal_(layer.branch.gate, std=0.5)
-    return lm.eval()
 
 
 def run(lm: LMModel, codes: Tensor, forced_steps: int, seed: int = 0) -> tuple[Tensor, Recorder]:

@@ -185,6 +185,19 @@ def test_a_prompt_as_long_as_the_run_feeds_recordings_throughout(tmp_path: Path)
     assert "nan" not in re.sub(r"data:[^\"]*", "", text).lower()
 
 
+def test_recordings_that_another_run_has_read_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source("tiny")
+    lm, one = source.lm(context_steps=12), recording("a", 30)
+    run = LongRunConfig(seconds=1.6, prompt_sec=0.4, prompts=1, seeds=1, audio_streams=0)
+    read = read_teacher_forced(lm, [one], 20, 63)
+    monkeypatch.setattr("moshi_ttt.longrun.read_teacher_forced", None)  # would fail if it were
+    scalars = evaluate(lm, source, [one], run, tmp_path, label="", trained_steps=None, read=read)
+    assert scalars["longgen/nll/text/mean"] == read.nll["text"][0]
+    assert json.loads((tmp_path / "nll.json").read_text()) == read.nll
+
+
 def test_prompts_go_round_the_recordings_and_then_along_them() -> None:
     long, short = recording("long", 110), recording("short", 60)
     starts = choose_prompts([long, recording("tiny", 5), short], 4, prompt_steps=10)

@@ -119,6 +119,20 @@ def test_position_nll_averages_each_stream_within_its_windows(make_lm: MakeLM) -
         torch.testing.assert_close(
             result[stream], torch.tensor(values, dtype=torch.float64) * ln2, equal_nan=True
         )
+    record = metric.record()
+    assert list(record) == ["window_steps", "start_step", *expected, "other_codebooks"]
+    assert (record["window_steps"], record["start_step"]) == (2, [0, 2, 4, 6])
+    assert record["first_codebook"][:3] == pytest.approx([2 * ln2, 4 * ln2, 4 * ln2])
+    assert math.isnan(record["first_codebook"][3])
+
+
+def test_a_single_window_of_position_nll_is_still_a_list(make_lm: MakeLM) -> None:
+    codes, probability = _four_rows()
+    metric = PositionNLL(window_steps=4, windows=1)
+    metric.update(make_lm(), output_with(probability, codes, 20, 16), codes)
+    record = metric.record()
+    assert record["start_step"] == [0]
+    assert record["text"] == [metric.compute()["text"].item()]
 
 
 def _one_process(rank: int, folder: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from lm_fakes import CONTEXT, STEPS, STREAMS, MakeLM, hybrid, random_codes
 from moshi.models.lm import LMGen, LMModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,27 +22,10 @@ from moshi_ttt.rings import attention_of, held_positions, ring_of, ring_snapshot
 from moshi_ttt.sinks import AttentionControls, SinkRing
 from moshi_ttt.trace import CacheSnapshot
 
-MakeLM = Callable[..., LMModel]
-STREAMS, STEPS, CONTEXT = 2, 40, 16
-
-
-def codes_of(steps: int = STEPS) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 16, (STREAMS, 17, steps), generator=generator)
-
-
-def hybrid(make_lm: MakeLM, **config: Any) -> LMModel:
-    lm = make_lm()
-    torch.manual_seed(3)
-    add_memory(lm, MemoryConfig(layers=[0, 2], heads=2, mini_batch_steps=5, **config))
-    for layer in hybrid_layers(lm).values():
-        torch.nn.init.normal_(layer.branch.gate, std=0.5)
-    return lm.eval()
-
 
 def forced(lm: LMModel, probe: AttentionProbe | None = None) -> Recorder:
     """A run whose every token is forced, so that the parallel forward sees the same."""
-    codes = codes_of()
+    codes = random_codes()
     with borrowed(lm, 0):
         recorder = Recorder(lm, STREAMS, STEPS, probe)
         generate(lm, codes, codes[:, 9:], recorder=recorder)
@@ -57,7 +40,7 @@ def seen_in_parallel(lm: LMModel, modules: dict[str, torch.nn.Module]) -> dict[s
         for name, module in modules.items()
     ]
     with torch.no_grad():
-        lm(codes_of())
+        lm(random_codes())
     for handle in handles:
         handle.remove()
     return outputs
@@ -94,7 +77,7 @@ def test_branch_norms_are_those_that_the_branch_itself_reports(
 ) -> None:
     lm = hybrid(make_lm, bounded_readout=bounded, placement=placement)
     with torch.no_grad(), observe_branches(lm) as observed:
-        lm(codes_of())
+        lm(random_codes())
     arrays = forced(lm).arrays()
     for row, index in enumerate(hybrid_layers(lm)):
         stats = observed[index][0]
@@ -124,7 +107,7 @@ def test_gates_of_the_memory_are_those_of_its_rule(make_lm: MakeLM, rule: str) -
 def test_fast_weight_norm_is_that_of_the_state_and_is_held_between_looks(
     make_lm: MakeLM, rule: str
 ) -> None:
-    lm, codes = hybrid(make_lm, rule=rule), codes_of()
+    lm, codes = hybrid(make_lm, rule=rule), random_codes()
     expected: list[Tensor] = []
 
     def look(_: int) -> None:
@@ -157,7 +140,7 @@ def operations(make_lm: MakeLM, layers: int, recorded: bool) -> int:
     lm = make_lm(num_layers=layers)
     add_memory(lm, MemoryConfig(layers=f"last:{layers}", heads=2, rule="gated_delta"))
     lm.eval()
-    codes = codes_of(6)
+    codes = random_codes(6)
     with borrowed(lm, 0), LMGen(lm).streaming(STREAMS) as _, torch.no_grad():
         recorder = Recorder(lm, STREAMS, 6)
         count = _Count()
@@ -194,7 +177,7 @@ def test_reading_in_blocks_gives_what_reading_at_once_gives(make_lm: MakeLM) -> 
     for name, values in whole.items():
         both = [torch.from_numpy(block[name]) for block in blocks]
         assert torch.equal(torch.cat(both, dim=-1), torch.from_numpy(values)), name
-    assert (recorder.read(5, 9)["text_input"] == codes_of()[:, 0, 4:8].numpy()).all()
+    assert (recorder.read(5, 9)["text_input"] == random_codes()[:, 0, 4:8].numpy()).all()
     assert whole["step_ms"].shape == (STEPS,)
     assert (whole["step_ms"] > 0).all()
 
@@ -202,7 +185,7 @@ def test_reading_in_blocks_gives_what_reading_at_once_gives(make_lm: MakeLM) -> 
 def test_a_model_generates_the_same_after_recording_stopped_with_an_error(
     make_lm: MakeLM,
 ) -> None:
-    lm, codes = hybrid(make_lm), codes_of()
+    lm, codes = hybrid(make_lm), random_codes()
 
     def plain() -> Tensor:
         with borrowed(lm, 0):

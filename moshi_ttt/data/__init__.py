@@ -8,7 +8,7 @@ codes (once: `cache`, or `codes_file` in place of the audio), `text` lays the wo
 from moshi_ttt.data.codes_file import CodesFormat
 from moshi_ttt.data.manifest import ManifestCheck, ManifestEntry, check_manifest, read_manifest
 from moshi_ttt.data.probes import Probe
-from moshi_ttt.data.recordings import EncodedRecording, RecordingReader
+from moshi_ttt.data.recordings import EncodedRecording, RecordingReader, read_recordings
 from moshi_ttt.data.windows import WindowLoader
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "WindowLoader",
     "check_manifest",
     "read_manifest",
+    "read_recordings",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from moshi.models.compression import MimiModel
 from moshi.modules.transformer import StreamingMultiheadAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_PIECE_STEPS = 3000  # 240 s; Mimi's attention needs memory in the square of it
 CONVOLUTION_STEPS = 13  # 1.04 s; Mimi's convolutions look back 0.3 s
@@ -39,7 +39,9 @@ def _encode_channel(codec: MimiModel, samples: Tensor, max_piece_steps: int) -> 
     """[samples] -> [K, T] int64 on the CPU."""
     step_samples = codec.frame_size
     steps = -(-len(samples) // step_samples)
-    past_steps = _visible_past_steps(codec) if steps > max_piece_steps else 0
+    past_steps = 0
+    if steps > max_piece_steps:
+        past_steps = visible_past_steps(codec, codec.encoder_transformer)
     piece_steps = max(max_piece_steps, 2 * past_steps)
     pieces = []
     done = 0
@@ -53,11 +55,16 @@ def _encode_channel(codec: MimiModel, samples: Tensor, max_piece_steps: int) -> 
     return torch.cat(pieces, dim=1)
 
 
-def _visible_past_steps(codec: MimiModel) -> int:
-    """Steps before a step that its code can depend on: 80.7 s for Mimi's eight layers."""
-    assert codec.encoder_transformer is not None
+def visible_past_steps(codec: MimiModel, transformer: nn.Module | None) -> int:
+    """Steps before a step that can decide what becomes of it: 80.7 s for Mimi's eight layers.
+
+    Args:
+        codec: Mimi.
+        transformer: its `encoder_transformer` for codes, its `decoder_transformer` for sound.
+    """
+    assert transformer is not None, "Mimi has a transformer on each side"
     positions = 0
-    for module in codec.encoder_transformer.modules():
+    for module in transformer.modules():
         if isinstance(module, StreamingMultiheadAttention):
             assert module.context is not None, "a codec without a window sees all of its past"
             positions += module.context - 1

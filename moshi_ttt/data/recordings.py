@@ -15,7 +15,7 @@ from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.cache import CodeCache
 from moshi_ttt.data.codes import encode_recording
 from moshi_ttt.data.codes_file import CodesFormat, read_codes
-from moshi_ttt.data.manifest import ManifestEntry, raise_together
+from moshi_ttt.data.manifest import ManifestEntry, check_manifest, raise_together, read_manifest
 from moshi_ttt.data.probes import Probe, read_probes
 from moshi_ttt.data.text import TextStream, Tokenizer, text_stream
 from moshi_ttt.errors import UserError
@@ -165,3 +165,18 @@ class RecordingReader:
             padding_id=self._source.text_padding_id,
             end_of_padding_id=self._source.end_of_text_padding_id,
         )
+
+
+def read_recordings(source: ModelSource, manifest: Path, cache_dir: Path) -> list[EncodedRecording]:
+    """All recordings of a manifest, checked first, so that one error names all that is wrong.
+
+    Args:
+        source: whose codec and tokenizer are used.
+        manifest: JSON lines, one recording a line.
+        cache_dir: of `RecordingReader`.
+
+    Raises:
+        UserError: the manifest cannot be read, or something in it cannot be used.
+    """
+    check_manifest(manifest, source.clock, source.tokenizer(), decode=False).raise_problems()
+    return RecordingReader(source, cache_dir).read(read_manifest(manifest)[0])
