@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -53,6 +54,38 @@ def test_a_rest_of_exactly_a_quarter_is_kept() -> None:
     assert cut_windows([10], 8) == [(0, 0), (0, 8)]
 
 
+@pytest.mark.parametrize("steps", range(CLIP, 55))
+def test_slid_windows_are_as_many_lie_inside_and_cover_every_step_about_equally(
+    steps: int,
+) -> None:
+    count = len(cut_windows([steps], CLIP))
+    seen = torch.zeros(steps)
+    starts = set()
+    for offset in range(CLIP):
+        slid = [start for _, start in cut_windows([steps], CLIP, [offset])]
+        assert len(slid) == count
+        assert 0 <= slid[0] <= slid[-1] <= steps - CLIP
+        assert all(one < other <= one + CLIP for one, other in pairwise(slid))
+        starts.update(slid)
+        for start in slid:
+            seen[start : start + CLIP] += 1
+    assert starts == set(range(steps - CLIP + 1))
+    seen /= seen.mean()
+    assert 0.4 < seen.min() <= seen.max() < 2
+
+
+def test_slid_windows_that_are_whole_inside_touch_and_the_first_begins_at_0_half_the_time() -> None:
+    cuts = [[start for _, start in cut_windows([50], CLIP, [offset])] for offset in range(CLIP)]
+    assert cuts[0] == [0, 5, 15, 25, 35]
+    assert cuts[5] == [0, 10, 20, 30, 40]
+    assert cuts[9] == [4, 14, 24, 34, 40]
+    assert sum(cut[0] == 0 for cut in cuts) == 6  # of 10
+
+
+def test_a_recording_shorter_than_a_clip_does_not_slide() -> None:
+    assert {tuple(cut_windows([9], CLIP, [offset])) for offset in range(CLIP)} == {((0, 0),)}
+
+
 def test_batches_hold_the_codes_of_their_windows_padded_with_the_zero_token() -> None:
     batches = list(loader(25, 4, seed=None))
     assert windows(batches) == [("0", 0), ("0", 10), ("0", 20), ("1", 0)]
@@ -67,15 +100,45 @@ def test_batches_hold_the_codes_of_their_windows_padded_with_the_zero_token() ->
     ]
 
 
-def test_an_epoch_gives_every_window_once_in_an_order_of_seed_and_epoch() -> None:
+def test_epochs_have_equally_many_windows_cut_and_ordered_by_seed_and_epoch() -> None:
     shuffled = loader(100, 50)
-    epochs = [windows(shuffled) for _ in range(3)]
-    everything = sorted(windows(loader(100, 50, seed=None)))
-    assert len(everything) == 15
-    assert all(sorted(epoch) == everything for epoch in epochs)
-    assert len({tuple(epoch) for epoch in [*epochs, windows(loader(100, 50, seed=1))]}) == 4
+    epochs = [windows(shuffled) for _ in range(4)]
+    assert all(len(set(epoch)) == 15 == len(epoch) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, windows(loader(100, 50, seed=1))]}) == 5
+    assert all(epoch != sorted(epoch) for epoch in epochs)
+    # two of four may be cut at the same steps by chance
+    assert len({frozenset(epoch) for epoch in epochs}) >= 3
     again = loader(100, 50)
-    assert [windows(again) for _ in range(3)] == epochs
+    assert [windows(again) for _ in range(4)] == epochs
+
+
+def test_recordings_slide_independently() -> None:
+    shuffled = loader(100, 100)
+    second_starts = []
+    for _ in range(10):
+        epoch = sorted(windows(shuffled))
+        second_starts.append((epoch[1][1], epoch[11][1]))
+    assert any(one != other for one, other in second_starts)
+
+
+def test_start_step_is_where_the_codes_of_a_slid_window_begin() -> None:
+    for batch in loader(100, 57, 4):
+        for codes, start, name in zip(
+            batch["codes"], batch["start_step"].tolist(), batch["recording"], strict=True
+        ):
+            first = 1000 * int(name) + start
+            length = 4 if name == "2" else CLIP  # the short one alone is padded
+            assert codes[5].tolist() == [*range(first, first + length), *[-1] * (CLIP - length)]
+
+
+def test_over_many_epochs_every_step_is_seen_about_equally_often() -> None:
+    shuffled = loader(57, batch_size=6)
+    seen = torch.zeros(57)
+    for _ in range(200):
+        for _, start in windows(shuffled):
+            seen[start : start + CLIP] += 1
+    seen /= seen.mean()
+    assert 0.5 < seen.min() <= seen.max() < 1.7
 
 
 def test_the_last_batch_is_smaller_and_a_large_batch_is_not_an_empty_epoch() -> None:
@@ -85,7 +148,6 @@ def test_the_last_batch_is_smaller_and_a_large_batch_is_not_an_empty_epoch() -> 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_processes_share_an_epoch_equally_without_overlap(world_size: int) -> None:
-    left_out: Counter[tuple[str, int]] = Counter()
     ranks = [loader(170, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1
     for _ in range(3):
@@ -93,9 +155,16 @@ def test_processes_share_an_epoch_equally_without_overlap(world_size: int) -> No
         assert {len(share) for share in shares} == {17 // world_size}
         seen = Counter(window for share in shares for window in share)
         assert set(seen.values()) == {1}
-        left_out.update({("0", start) for start in range(0, 170, CLIP)} - set(seen))
-    assert sum(left_out.values()) == 3 * (17 % world_size)
-    assert all(count < 3 for count in left_out.values())
+
+
+def test_epochs_leave_out_other_places_of_the_order() -> None:
+    ranks = [loader(170, rank=rank, world_size=7) for rank in range(7)]
+    missing: Counter[int] = Counter()
+    for _ in range(3):
+        seen = sorted(window for rank in ranks for window in windows(rank))
+        missing.update(set(range(17)) - {(start + 5) // CLIP for _, start in seen})
+    assert sum(missing.values()) == 3 * (17 % 7)
+    assert all(count < 3 for count in missing.values())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -173,5 +242,6 @@ def test_other_data_settings_resume_between_epochs_only(other: dict[str, Any]) -
 def test_other_recordings_are_noticed_in_mid_epoch() -> None:
     shuffled = loader(100)
     next(iter(shuffled))
-    with pytest.raises(UserError, match="windows"):
-        loader(50, 50).load_state_dict(shuffled.state_dict())
+    for others in ((50, 50), (101,)):
+        with pytest.raises(UserError, match="recordings"):
+            loader(*others).load_state_dict(shuffled.state_dict())

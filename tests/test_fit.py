@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moshi_ttt.errors import UserError, run_program
@@ -71,6 +74,14 @@ def scalars(run_folder: Path, tag: str) -> list[float]:
     events = EventAccumulator(str(run_folder))
     events.Reload()
     return [event.value for event in events.Scalars(tag)]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two safetensors files hold the same; their metadata has no fixed order."""
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def trained(run_folder: Path) -> dict[str, torch.Tensor]:
@@ -211,6 +222,7 @@ def test_a_run_leaves_a_folder_that_evaluation_can_read(small: list[str], tmp_pa
         "report.html",
         "checkpoints/last.ckpt",
         "checkpoints/last.safetensors",
+        "checkpoints/best.safetensors",
         "longgen/epoch_000/traces.npz",
         "longgen/epoch_002/summary.json",
         "longgen/epoch_002/events.jsonl",
@@ -220,7 +232,7 @@ def test_a_run_leaves_a_folder_that_evaluation_can_read(small: list[str], tmp_pa
         assert (folder / file).is_file(), file
     assert not (folder / "longgen/epoch_001").exists()
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert names == {"last.ckpt", "last.safetensors"}
+    assert names == {"last.ckpt", "last.safetensors", "best.safetensors"}
     lm, _, config, trained_steps = load_trained(folder / "checkpoints/last.ckpt")
     assert trained_steps == 25
     assert config.context_steps == lm.context == 20
@@ -230,6 +242,37 @@ def test_a_run_leaves_a_folder_that_evaluation_can_read(small: list[str], tmp_pa
     assert all(torch.equal(weights[name.removeprefix("lm.")], kept[name]) for name in kept)
     # a second run gets a folder of its own
     assert main([*small, f"--run_dir={tmp_path}"]) == tmp_path / "001"
+
+
+def test_best_weights_are_those_of_the_lowest_held_out_loss_over_resumed_runs(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held_out_loss = [3.0, 1.0, 2.0, math.nan, 0.5]  # of each epoch
+    monkeypatch.setattr(
+        MoshiTTT,
+        "on_validation_epoch_end",
+        lambda self: self.log("val/loss", held_out_loss[self.current_epoch]),
+    )
+
+    folder = tmp_path / "000/checkpoints"
+    best, last, copy = folder / "best.safetensors", folder / "last.safetensors", tmp_path / "copy"
+
+    def closing_lines(epochs: int, *arguments: str) -> str:
+        main([*small, f"--run_dir={tmp_path}", f"--trainer.max_epochs={epochs}", *arguments])
+        return capsys.readouterr().out
+
+    assert f"{best} (held-out loss 1.0000, epoch 2)" in closing_lines(2)
+    assert same_weights(best, last)
+    shutil.copy(best, copy)
+    assert "held-out loss 1.0000, epoch 2" in closing_lines(4, "--ckpt_path=last")
+    assert same_weights(best, copy)
+    assert not same_weights(best, last)
+    assert "held-out loss 0.5000, epoch 5" in closing_lines(5, "--ckpt_path=last")
+    assert same_weights(best, last)
+    assert load_trained(best)[3] == 25
 
 
 def test_training_with_and_without_long_generation_gives_identical_weights(
@@ -266,9 +309,10 @@ def test_two_processes_train_and_only_the_first_generates(small: list[str], tmp_
 def test_padding_after_a_recording_does_not_reach_the_weights(
     small: list[str], tmp_path: Path, precision: str
 ) -> None:
-    # clips of 3 s from 8 s: the last is padded, and padding has no residual in layer 0
-    arguments = ["--data.duration_sec=3", "--model.memory.layers=[0, 3]", f"--run_dir={tmp_path}"]
-    weights = trained(main([*small, *arguments, f"--trainer.precision={precision}"]))
+    # clips of 9 s from 8 s are padded, and padding has no residual in layer 0
+    arguments = ["--data.duration_sec=9", "--model.memory.layers=[0, 3]", f"--run_dir={tmp_path}"]
+    arguments += [f"--trainer.precision={precision}", "--trainer.max_epochs=4"]
+    weights = trained(main([*small, *arguments]))
     assert any("layers.0.branch.gate" in name for name in weights)
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert {value.dtype for value in weights.values()} == {torch.float32}
@@ -285,21 +329,21 @@ class Interrupt(Callback):
             raise RuntimeError("power cut")
 
 
-@pytest.mark.parametrize("at_step", [3, 6])
+@pytest.mark.parametrize("at_step", [3, 4, 6])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     small: list[str], tmp_path: Path, at_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # steps 3 and 6 are in the middle of epochs 0 and 1; dropout needs the random state too
+    # steps 3 and 6 are in the middle of epochs, one after its checkpoint and one at it; 4 is the
+    # last one before the validation of epoch 0. Dropout needs the random state too
     args = [
         *small,
         "--model.train=memory+lora",
         "--model.lora.rank=2",
         "--model.lora.dropout=0.5",
-        "--checkpoint.every_n_steps=3",
+        "--checkpoint.every_n_steps=2",
     ]
-    whole = torch.load(
-        main([*args, f"--run_dir={tmp_path}/whole"]) / "checkpoints/last.ckpt", weights_only=True
-    )
+    uncut = main([*args, f"--run_dir={tmp_path}/whole"])
+    whole = torch.load(uncut / "checkpoints/last.ckpt", weights_only=True)
     with monkeypatch.context() as patch:
         fit = FitCLI.instantiate_trainer
 
@@ -315,6 +359,9 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     assert folder == tmp_path / "cut/000"
     resumed = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert resumed["global_step"] == whole["global_step"] == 8
+    best = "checkpoints/best.safetensors"
+    assert same_weights(uncut / best, folder / best)
+    assert scalars(folder, "val/loss") == scalars(uncut, "val/loss")
     for name, value in whole["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], value), name
     moments = whole["optimizer_states"][0]["state"]
@@ -359,6 +406,7 @@ def test_memory_learns_and_the_regulariser_keeps_the_ratio_under_its_target(
         ]
     )
     for folder in (kept, free):
+        assert not (folder / "checkpoints/best.safetensors").exists()  # nothing was held out
         loss = scalars(folder, "train/loss")
         assert np.mean(loss[-4:]) < np.mean(loss[:4]) - 0.01
     ratio_kept = scalars(kept, "train/branch_ratio/layer_03")

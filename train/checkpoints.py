@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,59 @@ from train.data import ConversationData
 from train.module import MoshiTTT
 
 
-class LastCheckpoint(Checkpoint):
-    """Keeps `RUN/checkpoints/last.ckpt` up to date, to resume from.
+class RunCheckpoints(Checkpoint):
+    """Keeps `last.ckpt`, to resume from, and `best.safetensors` in `RUN/checkpoints`.
 
-    Lightning's ModelCheckpoint saves every n steps *or* at the end of an epoch, so that the last
-    steps of a finished run would be lost; for the best of several checkpoints add one of those
-    to `trainer.callbacks`.
+    The best weights are those of the validation with the lowest `val/loss`; a run without
+    validation has none. Lightning's ModelCheckpoint saves every n steps *or* at the end of an
+    epoch, so that the last steps of a finished run would be lost, and the best only as a pickle of
+    the whole checkpoint; for more than these two add one of those to `trainer.callbacks`.
 
     Args:
-        every_n_steps: Also save every n optimizer steps; null saves after each epoch only.
+        every_n_steps: Also save `last.ckpt` every n optimizer steps; null saves it after each
+            epoch only.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"checkpoint.every_n_steps={every_n_steps} must be at least 1, or null")
         self.every_n_steps = every_n_steps
+        self.best_loss = math.inf
+        """Lowest held-out loss so far in nats; infinite before the first validation."""
+        self.best_epoch = 0
+        """The epoch, from 1, in which `best_loss` was reached."""
         self._saved_step = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, for the checkpoint."""
+        return {"best_loss": self.best_loss, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best so far."""
+        self.best_loss = state_dict["best_loss"]
+        self.best_epoch = state_dict["best_epoch"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the weights if none before were as good on the held-out recordings."""
+        loss = math.nan if trainer.sanity_checking else float(trainer.callback_metrics["val/loss"])
+        if not loss < self.best_loss:
+            return
+        self.best_loss, self.best_epoch = loss, trainer.current_epoch + 1
+        if trainer.is_global_zero:
+            model: Any = pl_module
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            path = self._folder(trainer) / "best.safetensors"
+            save_trained(path, model.trained_weights(), model.config, data.clip_steps)
+
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Every n optimizer steps."""
+        """Every n optimizer steps, but for the last of an epoch.
+
+        The end of the epoch saves that one, after its validation: a run that resumed from before
+        the validation would skip it.
+        """
         step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._saved_step:
+        due = self.every_n_steps and step % self.every_n_steps == 0 and step != self._saved_step
+        if due and not trainer.is_last_batch:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,9 +77,12 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self._folder(trainer) / "last.ckpt", weights_only=False)
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
         logger: Any = trainer.logger
-        path = Path(logger.log_dir) / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        return Path(logger.log_dir) / "checkpoints"
 
 
 class CheckpointWithWeights(TorchCheckpointIO):

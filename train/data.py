@@ -40,12 +40,13 @@ class ConversationData(LightningDataModule):
         val_manifest: held-out recordings in the same format, for validation and as prompts of
             long generations.
         duration_sec: length of a clip in seconds, 15 to 120. Recordings are cut into consecutive
-            clips; a rest of less than a quarter of a clip is left out.
+            clips, those to train on elsewhere in every epoch; a rest of less than a quarter of a
+            clip adds none.
         allow_any_duration: accept a `duration_sec` outside 15 to 120 seconds.
         batch_size: clips a batch on each device; the last batch of an epoch may be smaller.
         cache_dir: folder that keeps encoded audio, so that it is encoded only once; it may be
             shared between runs, and deleted at any time.
-        seed: decides, together with the epoch, the order of the training clips.
+        seed: decides, together with the epoch, where the training clips begin and their order.
 
     Raises:
         UserError: a value out of range, or a manifest that does not exist.
@@ -134,7 +135,9 @@ class ConversationData(LightningDataModule):
             self._val = self._reader.read(read_manifest(self.val_manifest)[0])
 
     def train_dataloader(self) -> WindowLoader:
-        """Shuffled clips, an equal share for each process.
+        """Shuffled clips, cut elsewhere in every epoch, an equal share for each process.
+
+        `overfit_batches` repeats clips of the fixed cut that validation has.
 
         Raises:
             UserError: fewer clips than processes.

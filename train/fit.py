@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.long_generation import LongGeneration
 from moshi_ttt.errors import UserError, run_program
-from train.checkpoints import CheckpointWithWeights, LastCheckpoint
+from train.checkpoints import CheckpointWithWeights, RunCheckpoints
 from train.data import ConversationData
 from train.module import MoshiTTT
 
@@ -44,7 +44,7 @@ class FitCLI(LightningCLI):
             help="Resume: `last` (newest run in run_dir that has a checkpoint) or a .ckpt file.",
         )
         parser.add_lightning_class_args(LongGeneration, "long_generation")
-        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.link_arguments("model.source", "data.source")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -137,6 +137,11 @@ def main(args: list[str] | None = None) -> Path:
     cli.model.check()
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
     lines = ["", f"run folder:  {cli.run_folder}"]
+    if (best := cli.config_init.checkpoint).best_epoch:
+        weights = cli.run_folder / "checkpoints" / "best.safetensors"
+        lines.append(
+            f"best:        {weights} (held-out loss {best.best_loss:.4f}, epoch {best.best_epoch})"
+        )
     if (report := cli.run_folder / "report.html").exists():
         lines.append(f"report:      {report}")
     lines.append(f"TensorBoard: tensorboard --logdir {cli.run_folder}")

@@ -18,35 +18,55 @@ from moshi_ttt.errors import UserError
 Window = tuple[int, int]  # index of the recording, first step
 
 
-def cut_windows(recording_steps: Sequence[int], clip_steps: int) -> list[Window]:
-    """Consecutive windows from step 0 of every recording.
+def cut_windows(
+    recording_steps: Sequence[int], clip_steps: int, offsets: Sequence[int] | None = None
+) -> list[Window]:
+    """Consecutive windows from step 0 of every recording, or slid along it.
 
     What is left at the end becomes a window too, padded, if it fills a quarter of a clip or is
     all there is; a shorter rest would cost a whole row and teach next to nothing.
+
+    With offsets the equally many windows slide, back to back, through a span that is centred on
+    the recording and one clip longer than they are; one that would stick out is moved inside. So
+    the first one begins at step 0 about half the time, as every generation does, and over many
+    epochs each step is seen about 0.4 to 2 times as often as the average one. A recording
+    shorter than a clip stays one padded window.
+
+    Args:
+        recording_steps: length of each recording.
+        clip_steps: length T of a window.
+        offsets: one for each recording, 0..T-1.
     """
-    return [
-        (index, start)
-        for index, steps in enumerate(recording_steps)
-        for start in range(0, steps, clip_steps)
-        if start == 0 or 4 * (steps - start) >= clip_steps
-    ]
+    windows = []
+    for index, steps in enumerate(recording_steps):
+        starts = [
+            start
+            for start in range(0, steps, clip_steps)
+            if start == 0 or 4 * (steps - start) >= clip_steps
+        ]
+        if offsets is not None:
+            span_steps = (len(starts) + 1) * clip_steps
+            first = (steps - span_steps + 1) // 2 + offsets[index]
+            starts = [max(0, min(first + start, steps - clip_steps)) for start in starts]
+        windows += [(index, start) for start in starts]
+    return windows
 
 
 class WindowLoader:
     """Batches of windows: finite epochs, one share a process, resumable anywhere.
 
-    With a seed it is an endless sequence of shuffled epochs, and every pass gives the next
-    `len(self)` batches of it; a pass that a resumed run begins in mid-epoch goes on from there.
-    Without a seed every pass is the same. Codes are in memory (6 MB an hour), so there is nothing
-    for worker processes to do.
+    With a seed it is an endless sequence of epochs, each shuffled and cut elsewhere, and every
+    pass gives the next `len(self)` batches of it; a pass that a resumed run begins in mid-epoch
+    goes on from there. Without a seed every pass is the same. Codes are in memory (6 MB an hour),
+    so there is nothing for worker processes to do.
 
     Args:
         recordings: cut into windows.
         clip_steps: length T of a window.
         batch_size: rows B; the last batch of an epoch may have fewer.
-        seed: shuffles by (seed, epoch) and gives every process equally many windows, leaving out
-            up to world_size - 1 of them, others each epoch. None keeps the order and leaves
-            nothing out.
+        seed: slides and shuffles the windows by (seed, epoch) and gives every process equally
+            many, leaving out up to world_size - 1 of them, others each epoch. None cuts from step
+            0, keeps the order and leaves nothing out.
         rank: of this process.
         world_size: number of processes.
         trained_batches: counts batches trained on; a checkpoint saved because of an exception
@@ -68,7 +88,8 @@ class WindowLoader:
         trained_batches: Callable[[], int] | None = None,
     ) -> None:
         self._recordings = recordings
-        self._windows = cut_windows([recording.steps for recording in recordings], clip_steps)
+        self._steps = [recording.steps for recording in recordings]
+        self._windows = cut_windows(self._steps, clip_steps)  # as many in every epoch
         if len(self._windows) < world_size:
             raise UserError(
                 f"the manifest gives {len(self._windows)} window(s) of {clip_steps} steps for "
@@ -111,7 +132,7 @@ class WindowLoader:
             self._given_batches += 1
             if self._trained_batches is not None:
                 self._trained_before = self._trained_batches()
-            yield self._collate([self._windows[row] for row in rows])
+            yield self._collate(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data, the same on every process."""
@@ -130,7 +151,9 @@ class WindowLoader:
         """
         old, new = state["plan"], self._plan()
         if state["done_batches"] and old != new:
-            changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+            changes = [
+                f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]
+            ]
             raise UserError(
                 f"the checkpoint stopped after {state['done_batches']} batches of epoch "
                 f"{state['epoch']}, and the rest of that epoch is undefined now ("
@@ -140,13 +163,16 @@ class WindowLoader:
         self._epoch, self._given_batches = state["epoch"], state["done_batches"]
         self._trained_before = None
 
-    def _share(self, epoch: int) -> Sequence[int]:
-        """Indices of this process's windows in the order of an epoch."""
-        count = len(self._windows)
+    def _share(self, epoch: int) -> list[Window]:
+        """This process's windows in the order of an epoch."""
         if self._seed is None:
-            return range(self._rank, count, self._world_size)
-        order = np.random.default_rng([self._seed, epoch]).permutation(count).tolist()
-        return order[self._rank : count - count % self._world_size : self._world_size]
+            return self._windows[self._rank :: self._world_size]
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(len(self._windows)).tolist()
+        offsets = rng.integers(self._clip_steps, size=len(self._steps)).tolist()
+        windows = cut_windows(self._steps, self._clip_steps, offsets)
+        dealt = len(order) - len(order) % self._world_size
+        return [windows[index] for index in order[self._rank : dealt : self._world_size]]
 
     def _collate(self, windows: Sequence[Window]) -> dict[str, Any]:
         return {
@@ -161,10 +187,10 @@ class WindowLoader:
         return pad(codes, (0, self._clip_steps - codes.shape[-1]), value=ZERO_TOKEN)
 
     def _plan(self) -> dict[str, Any]:
-        """What the order of batches depends on."""
-        windows = [(self._recordings[index].name, start) for index, start in self._windows]
+        """What the batches depend on."""
+        recordings = [(recording.name, recording.steps) for recording in self._recordings]
         return {
-            "windows": hashlib.sha256(repr(windows).encode()).hexdigest()[:16],
+            "recordings": hashlib.sha256(repr(recordings).encode()).hexdigest()[:16],
             "clip_steps": self._clip_steps,
             "batch_size": self._batch_size,
             "seed": self._seed,
