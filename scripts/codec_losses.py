@@ -183,7 +183,7 @@ class GradientBalance(nn.Module):
         self.register_buffer("norms", torch.zeros(len(weights)))  # 0: not seen yet
 
     def forward(
-        self, losses: dict[str, Tensor], output: Tensor, scales: dict[str, float] | None = None
+        self, losses: dict[str, Tensor], output: Tensor, scales: dict[str, Tensor] | None = None
     ) -> Tensor:
         """Gradient to send back from `output`; the losses' graphs are kept.
 

@@ -19,8 +19,9 @@ from codec_losses import (
     generator_loss,
     spectral_distances,
 )
+from codec_replay import Replayed
 from codec_speech import Speech
-from codec_training import codebooks, fit_codebooks, quantizers, reconstruct, usage_bits
+from codec_training import codebooks, fit_codebooks, reconstruct, usage_bits
 from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from moshi.models import MimiModel
@@ -32,6 +33,7 @@ BALANCE = {"mel": 1.0, "linear": 0.5, "features": 1.0, "adversarial": 0.5}
 """Shares of the gradient at the output; no waveform loss: phases cost bits that words need."""
 COMMITMENT_WEIGHT = 0.25
 LOG_EVERY_UPDATES = 50  # reading a number back waits for the device
+REPLACE_EVERY_UPDATES = 100  # dead codewords; such an update is not replayed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +107,10 @@ class CodecTraining(LightningModule):
         self._speech = speech
         self._held_out = held_out
         self._quantise = False
+        self._judged = False
+        self._ease_in = torch.zeros(())
+        self._replayed = Replayed(self._update)
+        self._values: dict[str, Tensor] = {}
         self._updates = 0
         self._spent_sec = 0.0
         self._begun = math.nan
@@ -121,11 +127,15 @@ class CodecTraining(LightningModule):
         """Put the audio where the model is."""
         self._speech.to(self.device)
         self._held_out.to(self.device)
+        self._ease_in = self._ease_in.to(self.device)
 
     def on_train_start(self) -> None:
         """Start the clock; a resumed training draws other pieces than before."""
         self._begun = time.perf_counter()
         self._quantise = codebooks(self.codec)[0].initialized
+        for codebook in codebooks(self.codec):
+            codebook.check_unused_every = 10**9  # `training_step` asks for it
+            codebook._next_unused_check = 10**9
         torch.manual_seed(self.recipe.seed + self._updates)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -140,11 +150,18 @@ class CodecTraining(LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW of the codec, and of the discriminator if there is one."""
-        recipe, fused = self.recipe, self.device.type == "cuda"
-        settings: dict[str, Any] = {"betas": (0.8, 0.99), "weight_decay": 0.01, "fused": fused}
-        found = [torch.optim.AdamW(self.codec.parameters(), recipe.peak_lr, **settings)]
+        recipe, on_gpu = self.recipe, self.device.type == "cuda"
+        settings: dict[str, Any] = {
+            "betas": (0.8, 0.99),
+            "weight_decay": 0.01,
+            "fused": on_gpu,
+            "capturable": on_gpu,
+        }
+        # a tensor, because a recorded update reads it at every replay
+        rate = torch.tensor(recipe.peak_lr, device=self.device)
+        found = [torch.optim.AdamW(self.codec.parameters(), rate, **settings)]
         if self.discriminator is not None:
-            rate = recipe.discriminator_lr
+            rate = torch.tensor(recipe.discriminator_lr, device=self.device)
             found.append(torch.optim.AdamW(self.discriminator.parameters(), rate, **settings))
         return list(found)
 
@@ -153,13 +170,47 @@ class CodecTraining(LightningModule):
         recipe, progress = self.recipe, self.progress
         if not self._quantise and progress >= recipe.plain_share:
             self._start_quantising()
-        judged = self.discriminator is not None and progress >= recipe.adversarial_from
-        for quantizer in quantizers(self.codec):
-            quantizer.no_quantization_rate = 0.0 if judged else recipe.bypass_rate
+        self._judged = self.discriminator is not None and progress >= recipe.adversarial_from
+        if self._judged:
+            self._ease_in.fill_(min(1.0, (progress - recipe.adversarial_from) / 0.05))
+        self._optimizers[0].param_groups[0]["lr"].fill_(_rate(progress) * recipe.peak_lr)
 
         stretch = 4 if self._updates % 4 == 3 else 1
         audio = self._speech.pieces(recipe.rows // stretch, recipe.piece_steps * stretch)
-        copied, commitment = reconstruct(self.codec, audio, quantise=self._quantise)
+        self._updates += 1
+        if self._updates % REPLACE_EVERY_UPDATES == 0:
+            for codebook in codebooks(self.codec):
+                codebook._next_unused_check = 1
+            self._update(audio)
+            for codebook in codebooks(self.codec):
+                # the package replaces dead codes by latents that still carry their graph
+                codebook.embedding_sum.detach_()
+                codebook.cluster_usage.detach_()
+        else:
+            self._replayed((stretch, self._quantise, self._judged), audio)
+        self._follow()
+        if self._updates % LOG_EVERY_UPDATES == 0:
+            self.log_dict({f"train/{name}": value for name, value in self._values.items()})
+            self.log("train/lr", self._optimizers[0].param_groups[0]["lr"])
+            self.log("mel", self._values["mel"], prog_bar=True, logger=False)
+            self.log("done", progress, prog_bar=True, logger=False)
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        found = self.optimizers(use_pl_optimizer=False)
+        return found if isinstance(found, list) else [found]
+
+    def _update(self, audio: Tensor) -> None:
+        """Forward, backward and step; everything in it can be recorded into a CUDA graph."""
+        recipe = self.recipe
+        # weights that were cast for an earlier update must not become part of a recording
+        with torch.autocast(
+            self.device.type, torch.bfloat16, torch.is_autocast_enabled(), cache_enabled=False
+        ):
+            bypass_rate = 0.0 if self._judged else recipe.bypass_rate
+            copied, commitment = reconstruct(
+                self.codec, audio, quantise=self._quantise, bypass_rate=bypass_rate
+            )
         # losses begin at a leaf, so that each one's gradient can be weighed before it is sent on
         leaf = copied.detach().reshape(recipe.rows, 1, -1).requires_grad_()
         target = audio.reshape(recipe.rows, 1, -1)
@@ -167,38 +218,27 @@ class CodecTraining(LightningModule):
             mel, linear = spectral_distances(leaf, target)
         losses = {"mel": mel, "linear": linear}
         verdict_loss = None
-        if judged:
+        if self._judged:
             verdict_loss, more = self._judge(target, leaf)
             losses |= more
-        ease_in = min(1.0, (progress - recipe.adversarial_from) / 0.05) if judged else 1.0
-        gradient = self.balance(losses, leaf, {"features": ease_in, "adversarial": ease_in})
-
-        optimizers = self.optimizers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        rate = _rate(progress)
+        gradient = self.balance(
+            losses, leaf, {"features": self._ease_in, "adversarial": self._ease_in}
+        )
+        optimizers = self._optimizers
         self.codec.zero_grad(set_to_none=True)
         (copied * gradient.view_as(copied)).sum().add(COMMITMENT_WEIGHT * commitment).backward()
         norm = nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
-        _step(optimizers[0], rate * recipe.peak_lr)
+        optimizers[0].step()
         if verdict_loss is not None:
             assert self.discriminator is not None
             parameters = list(self.discriminator.parameters())
             self.discriminator.zero_grad(set_to_none=True)
             torch.autograd.backward(verdict_loss, inputs=parameters)
             nn.utils.clip_grad_norm_(parameters, 10.0)
-            _step(optimizers[1], recipe.discriminator_lr)
+            optimizers[1].step()
             losses["discriminator"] = verdict_loss
-        for codebook in codebooks(self.codec):
-            # the package replaces dead codes by latents that still carry their graph
-            codebook.embedding_sum.detach_()
-            codebook.cluster_usage.detach_()
-        self._updates += 1
-        self._follow()
-        if self._updates % LOG_EVERY_UPDATES == 0:
-            found = {f"train/{name}": loss.detach() for name, loss in losses.items()}
-            found |= {"train/commitment": commitment.detach(), "train/gradient_norm": norm}
-            self.log_dict(found | {"train/lr": rate * recipe.peak_lr})
-            self.log_dict({"mel": mel.detach(), "done": progress}, prog_bar=True, logger=False)
+        self._values = {name: loss.detach() for name, loss in losses.items()}
+        self._values |= {"commitment": commitment.detach(), "gradient_norm": norm}
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop when the time is over."""
@@ -208,9 +248,9 @@ class CodecTraining(LightningModule):
     def _judge(self, target: Tensor, leaf: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's own loss, and the losses it has for the codec."""
         assert self.discriminator is not None
+        # the ends, as the codec hears its past there; a place drawn here would be recorded with all
         samples = self.recipe.judged_steps * self._speech.step_samples
-        first = int(torch.randint(target.shape[-1] - samples + 1, ()))
-        heard = torch.cat([target, leaf])[..., first : first + samples]
+        heard = torch.cat([target, leaf])[..., -samples:]
         verdicts, features = self.discriminator(heard)
         real, copied = zip(*(verdict.chunk(2) for verdict in verdicts), strict=True)
         real_maps, copied_maps = zip(*(feature.chunk(2) for feature in features), strict=True)
@@ -283,12 +323,6 @@ def _rate(progress: float) -> float:
     if progress < 0.02:
         return max(progress / 0.02, 0.01)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.02) / 0.98)))
-
-
-def _step(optimizer: Any, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
 
 
 def write_codec(codec: MimiModel, config: dict[str, Any], folder: Path) -> None:

@@ -43,33 +43,41 @@ CODEC_CONFIG: dict[str, Any] = loaders._mimi_config | {
 _KMEANS_ITERATIONS = 30
 
 
-def reconstruct(codec: MimiModel, audio: Tensor, *, quantise: bool) -> tuple[Tensor, Tensor]:
+def reconstruct(
+    codec: MimiModel, audio: Tensor, *, quantise: bool, bypass_rate: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Encode and decode, as `MimiModel.forward` does it, with the quantizer kept in fp32.
 
     The package cannot do the first phase (its forward would fit codebooks to the first batch) nor
-    autocast (codebooks are fp32 sums, and adding bf16 latents to them is an error).
+    autocast (codebooks are fp32 sums, and adding bf16 latents to them is an error), and it copies
+    a number to the device, which cannot be recorded into a CUDA graph.
 
     Args:
         codec: in training mode codebooks follow the latents, in eval mode nothing changes.
         audio: [B, 1, samples], whole steps.
         quantise: replace latents by codewords; if not, only the quantizers' projections act.
+        bypass_rate: share of the pieces whose latents are not replaced all the same.
 
     Returns:
-        The audio again, [B, 1, samples] fp32, and the commitment loss (zero if not `quantise`).
+        The audio again, [B, 1, samples] fp32, and the commitment loss, mean over the codebooks
+        (zero if not `quantise`).
     """
     assert codec.encoder_transformer is not None
     assert codec.decoder_transformer is not None
     (latent,) = codec.encoder_transformer(codec.encoder(audio))
     latent = codec._to_framerate(latent)
     with torch.autocast(audio.device.type, enabled=False):
-        latent = latent.float()
-        penalty = latent.new_zeros(())
-        if quantise:
-            result = codec.quantizer(latent, codec.frame_rate)
-            latent, penalty = result.x, result.penalty
-        else:
-            projected = [q.output_proj(q.input_proj(latent)) for q in quantizers(codec)]
-            latent = torch.stack(projected).sum(dim=0)
+        outputs, penalties = [], []
+        for quantizer in quantizers(codec):
+            projected = quantizer.input_proj(latent.float())
+            if quantise:
+                result = quantizer.vq(projected, n_q=quantizer.n_q)
+                penalties.append(result.loss)
+                passed = torch.rand(len(audio), 1, 1, device=audio.device) < bypass_rate
+                projected = torch.where(passed, projected, result.quantized)
+            outputs.append(quantizer.output_proj(projected))
+        latent = torch.stack(outputs).sum(dim=0)
+        penalty = torch.cat(penalties).mean() if quantise else latent.new_zeros(())
     (latent,) = codec.decoder_transformer(codec._to_encoder_framerate(latent))
     return codec.decoder(latent).float(), penalty
 

@@ -300,14 +300,20 @@ def test_word_errors_and_codebook_usage_count_over_everything(script: Any) -> No
     assert usage == [{"used": 4, "bits": 2.0}, {"used": 1, "bits": 0.0}]
 
 
-def test_decoding_in_pieces_equals_one_pass(script: Any, config: dict[str, Any]) -> None:
+def test_decoding_in_pieces_equals_one_pass(
+    script: Any, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     codec = loaders.get_mimi(None, config, num_codebooks=3)
     script("codec_training").fit_codebooks(codec, torch.randn(4, 16, 64), 32)
     codes = torch.randint(16, (3, 180))
-    pieces = script("measure_codec").decode_recording(codec, codes, piece_steps=70)
+    measuring = script("measure_codec")
+    pieces = measuring.decode_recording(codec, codes, piece_steps=70)
     whole = codec.decode(codes[None])[0, 0].detach()
     torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(measuring, "visible_past_steps", lambda *_: 1)
+    short = measuring.decode_recording(codec, codes, piece_steps=70)
+    assert (short - whole).abs().max() > 1e-3 * whole.abs().max(), "the past is not needed"
 
 
 def test_measuring_without_a_recogniser_says_what_to_install(
