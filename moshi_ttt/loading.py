@@ -140,6 +140,16 @@ class ModelSource:
         return digest.hexdigest()
 
 
+def bundled_held_out(source: ModelSource) -> Path:
+    """Manifest of the bundled held-out conversations as a model can read them.
+
+    Codes of all of them for the bundled codec, the audio of one for any other.
+    """
+    if source.codec_fingerprint == open_source(TINY).codec_fingerprint:
+        return ASSETS / "conversations" / "heldout" / "manifest.jsonl"
+    return ASSETS / "demo" / "val.jsonl"
+
+
 def open_source(name: str) -> ModelSource:
     """Find a model by name; reads configs, not weights.
 

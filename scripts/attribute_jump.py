@@ -40,7 +40,7 @@ from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.hybrid import hybrid_layers
 from moshi_ttt.hypotheses import Cell, Condition, Evidence
-from moshi_ttt.loading import ASSETS, ModelSource, open_source
+from moshi_ttt.loading import ModelSource, bundled_held_out, open_source
 from moshi_ttt.longrun import choose_prompts, silence_codes
 from moshi_ttt.model import Dtype, load_trained
 from moshi_ttt.sinks import AttentionControls
@@ -76,7 +76,8 @@ def main(args: list[str] | None = None) -> Verdict:
     clock = source.clock
     prompt_steps = clock.steps(matrix.prompt_sec)
     matrix.check_prompt(prompt_steps)
-    recordings = read_recordings(source, Path(options.manifest), Path(options.cache_dir))
+    manifest = Path(options.manifest or bundled_held_out(source))
+    recordings = read_recordings(source, manifest, Path(options.cache_dir))
     streams, forced = _streams(recordings, lm, source, matrix, prompt_steps)
     cells: list[Cell] = []
     for number, subject in enumerate(subjects):
@@ -231,7 +232,7 @@ def _parser() -> ArgumentParser:
     add("--checkpoint", nargs="+", help="Trained models; the first gets the whole matrix.")
     add("--quick", action="store_true", help="Smaller rings and fewer cells.")
     add("--dtype", type=Dtype | None, help="Weights' type, with --model only (float32).")
-    add("--manifest", type=str, default=str(ASSETS / "demo/val.jsonl"), help="Recordings.")
+    add("--manifest", type=str | None, help="Recordings; default: the bundled held-out ones.")
     add("--cache_dir", type=str, default=".cache/codes", help="Cache of encoded audio.")
     add("--device", type=str | None, help="Default: cuda if there is one.")
     add("--out", type=str | None, help="Folder to write.")

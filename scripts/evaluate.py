@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from moshi_ttt.data import read_recordings
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.loading import ASSETS, open_source
+from moshi_ttt.loading import bundled_held_out, open_source
 from moshi_ttt.longrun import LongRunConfig, evaluate
 from moshi_ttt.model import Dtype, load_trained
 from moshi_ttt.report import compare_report, write_report
@@ -64,7 +64,8 @@ def main(args: list[str] | None = None) -> Path:
     assert lm.context is not None
     seconds = round(source.clock.seconds(run.steps(source.clock, lm.context)))
     out = Path(options.out or f"{default_out}_{seconds}s")
-    recordings = read_recordings(source, Path(options.manifest), Path(options.cache_dir))
+    manifest = Path(options.manifest or bundled_held_out(source))
+    recordings = read_recordings(source, manifest, Path(options.cache_dir))
     evaluate(
         lm,
         source,
@@ -94,7 +95,7 @@ def _parser() -> ArgumentParser:
     )
     add("--context_steps", type=int | None, help="Ring capacity C, with --model only.")
     add("--dtype", type=Dtype | None, help="Weights' type, with --model only (float32).")
-    add("--manifest", type=str, default=str(ASSETS / "demo/val.jsonl"), help="Recordings.")
+    add("--manifest", type=str | None, help="Recordings; default: the bundled held-out ones.")
     add("--cache_dir", type=str, default=".cache/codes", help="Cache of encoded audio.")
     add("--device", type=str | None, help="Default: cuda if there is one.")
     add("--out", type=str | None, help="Folder (or file, with --compare) to write.")

@@ -21,7 +21,6 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.loading import ASSETS, ModelSource, open_source
 
 DURATION_RANGE_SEC = (15.0, 120.0)
-DEMO = ASSETS / "demo"
 SHOWN_WARNINGS = 10
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ class ConversationData(LightningDataModule):
         source: model whose codec and tokenizer encode the data; follows `model.source`.
         manifest: training recordings, one `{"path": "a.wav", "duration": 24.5}` a line; paths
             are relative to the manifest, audio is stereo, left = Moshi, right = user, and
-            `a.json` beside it holds the words. The default is the bundled demo set.
+            `a.json` beside it holds the words. The default is the bundled set of codes.
         val_manifest: held-out recordings in the same format, for validation and as prompts of
             long generations.
         duration_sec: length of a clip in seconds, 15 to 120. Recordings are cut into consecutive
@@ -55,8 +54,8 @@ class ConversationData(LightningDataModule):
     def __init__(
         self,
         source: str = "tiny",
-        manifest: str = "assets/demo/train.jsonl",
-        val_manifest: str = "assets/demo/val.jsonl",
+        manifest: str = "assets/conversations/train/manifest.jsonl",
+        val_manifest: str = "assets/conversations/heldout/manifest.jsonl",
         duration_sec: float = 60.0,
         allow_any_duration: bool = False,
         batch_size: int = 1,
@@ -120,9 +119,12 @@ class ConversationData(LightningDataModule):
                     "%s: %d warnings in all; `python scripts/check_manifest.py %s` lists them",
                     *(path, len(check.warnings), path),
                 )
-        if self.val_manifest.resolve().parent == DEMO != self.manifest.resolve().parent:
+        bundled = [
+            path.resolve().is_relative_to(ASSETS) for path in (self.manifest, self.val_manifest)
+        ]
+        if bundled == [False, True]:
             logger.warning(
-                "data.val_manifest is the bundled demo set but data.manifest is not; set "
+                "data.val_manifest is the bundled held-out set but data.manifest is not; set "
                 "data.val_manifest to held-out recordings of your own"
             )
         for path in (self.manifest, self.val_manifest):

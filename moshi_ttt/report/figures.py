@@ -149,7 +149,7 @@ def heat_map_figure(trace: Trace, jumps: Sequence[Jump]) -> Figure:
     bar = figure.colorbar(image, ax=axes, pad=0.01, ticks=np.linspace(-limit, limit, 5))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"x{2**value:.2f}"))
     bar.set_label("norm / norm after the prompt")
-    title(axes, "Change of the input norm by depth and position", trace)
+    title(axes, "Change of the input norm", trace)
     position_axis(axes, trace.clock, steps)
     mark(axes, trace.critical_steps(), steps)
     for jump in jumps:
