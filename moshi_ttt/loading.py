@@ -143,9 +143,13 @@ class ModelSource:
 def bundled_held_out(source: ModelSource) -> Path:
     """Manifest of the bundled held-out conversations as a model can read them.
 
-    Codes of all of them for the bundled codec, the audio of one for any other.
+    Codes of all of them for the bundled codec and tokenizer, the audio of one for any other.
     """
-    if source.codec_fingerprint == open_source(TINY).codec_fingerprint:
+    bundle = open_source(TINY)
+    if (source.codec_fingerprint, source.tokenizer_fingerprint) == (
+        bundle.codec_fingerprint,
+        bundle.tokenizer_fingerprint,
+    ):
         return ASSETS / "conversations" / "heldout" / "manifest.jsonl"
     return ASSETS / "demo" / "val.jsonl"
 

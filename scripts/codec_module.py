@@ -1,4 +1,4 @@
-"""The three phases of a codec's training, as a LightningModule."""
+"""The two phases of a codec's training, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -9,31 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from codec_losses import (
-    Discriminator,
-    GradientBalance,
-    discriminator_loss,
-    feature_distance,
-    generator_loss,
-    spectral_distances,
-)
-from codec_replay import Replayed
+from codec_losses import GradientBalance, Readout, envelope_distance, spectral_distances
+from codec_replay import Replayed, Values
 from codec_speech import Speech
-from codec_training import codebooks, fit_codebooks, reconstruct, usage_bits
+from codec_training import codebooks, fit_codebooks, reconstruct, usage_bits, write_codec
 from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from moshi.models import MimiModel
 from torch import Tensor, nn
 
-from moshi_ttt.trace import write_atomic, write_json
-
-BALANCE = {"mel": 1.0, "linear": 0.5, "features": 1.0, "adversarial": 0.5}
-"""Shares of the gradient at the output; no waveform loss: phases cost bits that words need."""
+BALANCE = {"mel": 1.0, "linear": 0.5}
+"""Shares of the gradient at the output; no waveform loss: phases cost bits that words need. No
+discriminator either: in trainings of minutes it did harm."""
 COMMITMENT_WEIGHT = 0.25
+READOUT_WEIGHT = 4.0
 LOG_EVERY_UPDATES = 50  # reading a number back waits for the device
-REPLACE_EVERY_UPDATES = 100  # dead codewords; such an update is not replayed
+REPLACE_EVERY_UPDATES = 40  # dead codewords; such an update is not replayed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,28 +36,18 @@ class Recipe:
     """Length of the training."""
     updates: float = math.inf
     """The same in optimizer steps of the codec; what is reached first ends it."""
-    adversarial: bool = False
-    """Whether a discriminator helps in the last phase."""
     rows: int = 24
     """Pieces of an update; every fourth update has a quarter of them, four times as long."""
     piece_steps: int = 32
     """Length of a short piece; 32 steps = 2.56 s."""
-    judged_steps: int = 16
-    """What the discriminator hears of each piece."""
-    filters: int = 32
-    """Channels of the discriminator."""
-    peak_lr: float = 1e-3
-    """Of the codec."""
-    discriminator_lr: float = 3e-4
-    """Constant: it has to follow the codec to the end."""
+    peak_lr: float = 1.5e-3
+    """Learning rate after the warm-up; without a readout, 2e-3 collapsed to one codeword."""
     average_decay: float = 0.999
     """Of the moving average of the weights, which is what is written."""
     plain_share: float = 0.1
     """First phase, without quantisation."""
-    adversarial_from: float = 0.45
-    """Where the last phase begins."""
     bypass_rate: float = 0.2
-    """Pieces that pass unquantised in the middle phase."""
+    """Pieces that pass unquantised in the second phase."""
     codebook_batches: int = 40
     """Updates' worth of latents that codebooks are first fitted to."""
     updates_per_epoch: int = 500
@@ -75,7 +57,7 @@ class Recipe:
 
 
 class CodecTraining(LightningModule):
-    """The three phases of a codec's training.
+    """The two phases of a codec's training: without quantisation, and with it.
 
     Args:
         codec: freshly built; trained in place.
@@ -100,17 +82,14 @@ class CodecTraining(LightningModule):
         self.codec = codec
         self.config = config
         self.average = copy.deepcopy(codec).eval().requires_grad_(False)
-        self.discriminator = Discriminator(recipe.filters) if recipe.adversarial else None
         self.balance = GradientBalance(BALANCE)
+        self.readout = Readout(config["seanet"]["dimension"], speech.step_samples)
         self.recipe = recipe
         self.out = out
         self._speech = speech
         self._held_out = held_out
         self._quantise = False
-        self._judged = False
-        self._ease_in = torch.zeros(())
         self._replayed = Replayed(self._update)
-        self._values: dict[str, Tensor] = {}
         self._updates = 0
         self._spent_sec = 0.0
         self._begun = math.nan
@@ -127,7 +106,6 @@ class CodecTraining(LightningModule):
         """Put the audio where the model is."""
         self._speech.to(self.device)
         self._held_out.to(self.device)
-        self._ease_in = self._ease_in.to(self.device)
 
     def on_train_start(self) -> None:
         """Start the clock; a resumed training draws other pieces than before."""
@@ -136,6 +114,8 @@ class CodecTraining(LightningModule):
         for codebook in codebooks(self.codec):
             codebook.check_unused_every = 10**9  # `training_step` asks for it
             codebook._next_unused_check = 10**9
+        # checkpoints are read on the CPU, and a rate there would be recorded as a constant
+        self._settings["lr"] = self._settings["lr"].to(self.device)
         torch.manual_seed(self.recipe.seed + self._updates)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -148,117 +128,88 @@ class CodecTraining(LightningModule):
         self._updates = checkpoint["course"]["updates"]
         self._spent_sec = checkpoint["course"]["spent_sec"]
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW of the codec, and of the discriminator if there is one."""
-        recipe, on_gpu = self.recipe, self.device.type == "cuda"
-        settings: dict[str, Any] = {
-            "betas": (0.8, 0.99),
-            "weight_decay": 0.01,
-            "fused": on_gpu,
-            "capturable": on_gpu,
-        }
-        # a tensor, because a recorded update reads it at every replay
-        rate = torch.tensor(recipe.peak_lr, device=self.device)
-        found = [torch.optim.AdamW(self.codec.parameters(), rate, **settings)]
-        if self.discriminator is not None:
-            rate = torch.tensor(recipe.discriminator_lr, device=self.device)
-            found.append(torch.optim.AdamW(self.discriminator.parameters(), rate, **settings))
-        return list(found)
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW of the codec and its readout."""
+        on_gpu = self.device.type == "cuda"
+        return torch.optim.AdamW(
+            [*self.codec.parameters(), *self.readout.parameters()],
+            # a tensor, because a recorded update reads it at every replay
+            torch.tensor(self.recipe.peak_lr, device=self.device),
+            betas=(0.8, 0.99),
+            weight_decay=0.01,
+            fused=on_gpu,
+            capturable=on_gpu,
+        )
 
     def training_step(self, _: int, batch_idx: int) -> None:
-        """One update of the codec and, in the last phase, of the discriminator."""
+        """One update."""
         recipe, progress = self.recipe, self.progress
         if not self._quantise and progress >= recipe.plain_share:
             self._start_quantising()
-        self._judged = self.discriminator is not None and progress >= recipe.adversarial_from
-        if self._judged:
-            self._ease_in.fill_(min(1.0, (progress - recipe.adversarial_from) / 0.05))
-        self._optimizers[0].param_groups[0]["lr"].fill_(_rate(progress) * recipe.peak_lr)
+        self._settings["lr"].fill_(_rate(progress) * recipe.peak_lr)
 
         stretch = 4 if self._updates % 4 == 3 else 1
         audio = self._speech.pieces(recipe.rows // stretch, recipe.piece_steps * stretch)
         self._updates += 1
-        if self._updates % REPLACE_EVERY_UPDATES == 0:
+        if self._quantise and self._updates % REPLACE_EVERY_UPDATES == 0:
             for codebook in codebooks(self.codec):
                 codebook._next_unused_check = 1
-            self._update(audio)
+            values = self._replayed.plainly(audio)
             for codebook in codebooks(self.codec):
                 # the package replaces dead codes by latents that still carry their graph
                 codebook.embedding_sum.detach_()
                 codebook.cluster_usage.detach_()
         else:
-            self._replayed((stretch, self._quantise, self._judged), audio)
+            values = self._replayed((stretch, self._quantise), audio)
         self._follow()
         if self._updates % LOG_EVERY_UPDATES == 0:
-            self.log_dict({f"train/{name}": value for name, value in self._values.items()})
-            self.log("train/lr", self._optimizers[0].param_groups[0]["lr"])
-            self.log("mel", self._values["mel"], prog_bar=True, logger=False)
+            self.log_dict({f"train/{name}": value for name, value in values.items()})
+            self.log("train/lr", self._settings["lr"])
+            self.log("mel", values["mel"], prog_bar=True, logger=False)
             self.log("done", progress, prog_bar=True, logger=False)
 
     @property
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
+    def _optimizer(self) -> torch.optim.Optimizer:
         found = self.optimizers(use_pl_optimizer=False)
-        return found if isinstance(found, list) else [found]
+        assert isinstance(found, torch.optim.Optimizer)
+        return found
 
-    def _update(self, audio: Tensor) -> None:
+    @property
+    def _settings(self) -> dict[str, Any]:
+        (group,) = self._optimizer.param_groups
+        return group
+
+    def _update(self, audio: Tensor) -> Values:
         """Forward, backward and step; everything in it can be recorded into a CUDA graph."""
-        recipe = self.recipe
+        recipe, optimizer = self.recipe, self._optimizer
         # weights that were cast for an earlier update must not become part of a recording
         with torch.autocast(
             self.device.type, torch.bfloat16, torch.is_autocast_enabled(), cache_enabled=False
         ):
-            bypass_rate = 0.0 if self._judged else recipe.bypass_rate
-            copied, commitment = reconstruct(
-                self.codec, audio, quantise=self._quantise, bypass_rate=bypass_rate
+            copied, latent, commitment = reconstruct(
+                self.codec, audio, quantise=self._quantise, bypass_rate=recipe.bypass_rate
             )
-        # losses begin at a leaf, so that each one's gradient can be weighed before it is sent on
+        # what balances begins at a leaf: each gradient is weighed before they are sent on together
         leaf = copied.detach().reshape(recipe.rows, 1, -1).requires_grad_()
-        target = audio.reshape(recipe.rows, 1, -1)
         with torch.autocast(self.device.type, enabled=False):
-            mel, linear = spectral_distances(leaf, target)
+            mel, linear = spectral_distances(leaf, audio.reshape(recipe.rows, 1, -1))
+            readout = self.readout(latent, audio)
         losses = {"mel": mel, "linear": linear}
-        verdict_loss = None
-        if self._judged:
-            verdict_loss, more = self._judge(target, leaf)
-            losses |= more
-        gradient = self.balance(
-            losses, leaf, {"features": self._ease_in, "adversarial": self._ease_in}
-        )
-        optimizers = self._optimizers
-        self.codec.zero_grad(set_to_none=True)
-        (copied * gradient.view_as(copied)).sum().add(COMMITMENT_WEIGHT * commitment).backward()
-        norm = nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
-        optimizers[0].step()
-        if verdict_loss is not None:
-            assert self.discriminator is not None
-            parameters = list(self.discriminator.parameters())
-            self.discriminator.zero_grad(set_to_none=True)
-            torch.autograd.backward(verdict_loss, inputs=parameters)
-            nn.utils.clip_grad_norm_(parameters, 10.0)
-            optimizers[1].step()
-            losses["discriminator"] = verdict_loss
-        self._values = {name: loss.detach() for name, loss in losses.items()}
-        self._values |= {"commitment": commitment.detach(), "gradient_norm": norm}
+        gradient = self.balance(losses, leaf)
+        optimizer.zero_grad()
+        beside = COMMITMENT_WEIGHT * commitment + READOUT_WEIGHT * readout
+        (copied * gradient.view_as(copied)).sum().add(beside).backward()
+        norm = nn.utils.clip_grad_norm_(self._settings["params"], 1.0)
+        optimizer.step()
+        losses |= {"readout": readout, "commitment": commitment, "gradient_norm": norm}
+        return {name: value.detach() for name, value in losses.items()}
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop when the time is over."""
         if self.progress >= 1:
             self.trainer.should_stop = True
 
-    def _judge(self, target: Tensor, leaf: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's own loss, and the losses it has for the codec."""
-        assert self.discriminator is not None
-        # the ends, as the codec hears its past there; a place drawn here would be recorded with all
-        samples = self.recipe.judged_steps * self._speech.step_samples
-        heard = torch.cat([target, leaf])[..., -samples:]
-        verdicts, features = self.discriminator(heard)
-        real, copied = zip(*(verdict.chunk(2) for verdict in verdicts), strict=True)
-        real_maps, copied_maps = zip(*(feature.chunk(2) for feature in features), strict=True)
-        return discriminator_loss(real, copied), {
-            "features": feature_distance(real_maps, copied_maps),
-            "adversarial": generator_loss(copied),
-        }
-
+    @torch.no_grad()
     def _start_quantising(self) -> None:
         """Fit the codebooks to what the encoder says by now."""
         latents = []
@@ -267,7 +218,7 @@ class CodecTraining(LightningModule):
             assert self.codec.encoder_transformer is not None
             audio = self._speech.pieces(recipe.rows, recipe.piece_steps)
             (latent,) = self.codec.encoder_transformer(self.codec.encoder(audio))
-            latents.append(self.codec._to_framerate(latent).detach().float())
+            latents.append(self.codec._to_framerate(latent).float())
         with torch.autocast(self.device.type, enabled=False):
             fit_codebooks(self.codec, torch.cat(latents), recipe.rows * recipe.piece_steps)
         self._quantise = True
@@ -297,11 +248,16 @@ class CodecTraining(LightningModule):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(batch_idx)
             audio = self._held_out.pieces(self.recipe.rows, self.recipe.piece_steps)
-        copied = reconstruct(codec, audio, quantise=codebooks(codec)[0].initialized)[0]
+        quantise = codebooks(codec)[0].initialized
+        copied, latent, _commitment = reconstruct(codec, audio, quantise=quantise)
         with torch.autocast(self.device.type, enabled=False):
             mel, linear = spectral_distances(copied, audio)
+            envelope = envelope_distance(copied, audio)
+            readout = self.readout(latent, audio)
         self.log("val/mel", mel, prog_bar=True, batch_size=1)
         self.log("val/linear", linear, batch_size=1)
+        self.log("val/envelope", envelope, batch_size=1)
+        self.log("val/readout", readout, batch_size=1)
         for level, codebook in enumerate(codebooks(codec)):
             self.log(f"codebooks/bits_{level}", usage_bits(codebook), batch_size=1)
         if isinstance(self.logger, TensorBoardLogger) and batch_idx == 0:
@@ -311,6 +267,14 @@ class CodecTraining(LightningModule):
                 self.logger.experiment.add_audio(
                     f"val/{name}", sound[:4].flatten()[None].cpu(), self._updates, rate
                 )
+
+    def on_train_epoch_end(self) -> None:
+        """Write a checkpoint to go on from.
+
+        Lightning's own callback would not: it waits for steps of optimizers that Lightning has
+        wrapped, and what the wrapper does cannot be recorded.
+        """
+        self.trainer.save_checkpoint(self.out / "last.ckpt")
 
     def on_validation_end(self) -> None:
         """Write the codec as it is now: a training that is cut off leaves a usable one."""
@@ -323,15 +287,3 @@ def _rate(progress: float) -> float:
     if progress < 0.02:
         return max(progress / 0.02, 0.01)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.02) / 0.98)))
-
-
-def write_codec(codec: MimiModel, config: dict[str, Any], folder: Path) -> None:
-    """Write weights (fp16) and codebooks (fp32) as moshi's loaders read them."""
-    parameters = dict(codec.named_parameters())
-    state = {
-        name: (value.half() if name in parameters else value.float()).cpu().contiguous()
-        for name, value in codec.state_dict().items()
-    }
-    data = safetensors.torch.save(state)
-    write_atomic(folder / "mimi.safetensors", lambda file: file.write(data))
-    write_json(folder / "mimi_config.json", config)

