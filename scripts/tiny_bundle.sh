@@ -15,7 +15,7 @@ HELDOUT_HOURS=${HELDOUT_HOURS:-1}
 CODEC_HOURS=${CODEC_HOURS:-3}
 CODEC_MINUTES=${CODEC_MINUTES:-10}
 LM_EPOCHS=${LM_EPOCHS:-5}
-BUNDLE_HOURS=${BUNDLE_HOURS:-4}
+BUNDLE_HOURS=${BUNDLE_HOURS:-2}
 PYTHON=${PYTHON:-python}
 cd "$(dirname "$0")/.."
 
@@ -38,14 +38,16 @@ $PYTHON scripts/make_tiny.py begin "$BUILD/tiny"
 $PYTHON train/fit.py --config tiny_base.yaml --model.source "$BUILD/tiny" \
     --data.manifest "$BUILD/train/manifest.jsonl" \
     --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
-    --data.batch_size 64 --trainer.max_epochs "$LM_EPOCHS" --run_dir "$BUILD/lm"
+    --trainer.max_epochs "$LM_EPOCHS" --run_dir "$BUILD/lm"
 $PYTHON scripts/make_tiny.py finish "$BUILD/tiny" \
     --trained "$(ls -d "$BUILD"/lm/[0-9]* | tail -n 1)/checkpoints/best.safetensors"
 
+# new conversations to ship: those that the model knows by heart would teach a memory nothing
+$PYTHON scripts/make_conversations.py "$BUILD/more" --split train --seed 1 --hours "$BUNDLE_HOURS"
+$PYTHON scripts/encode_manifest.py "$BUILD/more/manifest.jsonl" \
+    "$BUILD/conversations/train" --model "$BUILD/tiny"
 $PYTHON scripts/encode_manifest.py "$BUILD/heldout/manifest.jsonl" \
     "$BUILD/conversations/heldout" --model "$BUILD/tiny" --with-words
-$PYTHON scripts/encode_manifest.py "$BUILD/train/manifest.jsonl" \
-    "$BUILD/conversations/train" --model "$BUILD/tiny" --hours "$BUNDLE_HOURS"
 $PYTHON scripts/measure_tiny.py --model "$BUILD/tiny" \
     --train "$BUILD/conversations/train/manifest.jsonl" \
     --heldout "$BUILD/conversations/heldout/manifest.jsonl" \

@@ -1,3 +1,5 @@
+"""The bundled files are small, and the demo's words are where its sound is."""
+
 from __future__ import annotations
 
 import itertools
@@ -8,14 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
-from moshi.models import LMGen, MimiModel, loaders
-from torch import Tensor
 
-from moshi_ttt.loading import open_source
+from moshi_ttt.loading import ASSETS
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO, TINY = ROOT / "assets" / "demo", ROOT / "assets" / "tiny"
+DEMO = ASSETS / "demo"
 SAMPLE_RATE = 24_000
 SPEAKERS = ("SPEAKER_MAIN", "SPEAKER_USER")  # left, right
 
@@ -48,24 +46,15 @@ def recordings() -> list[Recording]:
     return found
 
 
-@pytest.fixture(scope="module")
-def codec() -> MimiModel:
-    return open_source("tiny").codec()
-
-
-@pytest.fixture(scope="module")
-def speech(recordings: list[Recording]) -> Tensor:
-    """30 s of Moshi's side of the held-out recording, [1, 1, samples]."""
-    return torch.from_numpy(recordings[-1].audio[: 30 * SAMPLE_RATE, 0].copy())[None, None]
-
-
 def size_mb(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
 def test_bundles_stay_small() -> None:
-    assert size_mb(DEMO) <= 6
-    assert size_mb(TINY) <= 30  # ten million weights in bf16, and a codec
+    assert size_mb(DEMO) < 6
+    assert size_mb(ASSETS / "tiny") < 32  # ten million weights in bf16, and a codec
+    assert size_mb(ASSETS / "conversations") < 3
+    assert size_mb(ASSETS) < 40
 
 
 @pytest.mark.parametrize(("manifest", "least_sec"), [("train.jsonl", 170), ("val.jsonl", 185)])
@@ -146,94 +135,3 @@ def test_both_sides_sometimes_speak_at_once(recordings: list[Recording]) -> None
             for right in recording.words(1)
         )
         assert 0.5 < overlap_sec < 20
-
-
-def test_tiny_bundle_loads_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        pytest.fail("the hub was asked")
-
-    monkeypatch.setattr(loaders, "hf_hub_download", refuse)
-    source = open_source("tiny")
-    lm, codec, tokenizer = source.lm(), source.codec(), source.tokenizer()
-    assert (lm.n_q, lm.dep_q, lm.context) == (16, 8, 375)
-    assert (codec.frame_size, codec.num_codebooks, codec.cardinality) == (1920, 8, lm.card)
-    assert tokenizer.vocab_size() == lm.text_card
-    ids = (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id())
-    assert ids == (0, 1, 2, lm.text_padding_token_id)
-
-
-def test_tiny_config_differs_from_moshis_only_in_size() -> None:
-    config = json.loads((TINY / "config.json").read_text())
-    files = {"moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "model_type"}
-    sizes = {"dim", "text_card", "card", "num_heads", "num_layers", "context", "depformer_dim"}
-    sizes |= {"depformer_dim_feedforward", "depformer_num_heads", "depformer_num_layers"}
-    assert config.keys() == loaders._lm_kwargs.keys() | files
-    assert {k for k, v in loaders._lm_kwargs.items() if config[k] != v} <= sizes
-
-
-def test_tokenizer_reads_every_demo_word_without_bytes(recordings: list[Recording]) -> None:
-    tokenizer = open_source("tiny").tokenizer()
-    words = {word for recording in recordings for word, _, _ in recording.alignments}
-    tokens = {word: tokenizer.encode(word) for word in words}
-    assert all(tokenizer.decode(ids) == word for word, ids in tokens.items())
-    assert not any(tokenizer.is_byte(i) for ids in tokens.values() for i in ids)
-    assert np.mean([len(ids) for ids in tokens.values()]) < 3
-
-
-def test_tiny_lm_activations_are_healthy_in_every_layer() -> None:
-    lm = open_source("tiny").lm()
-    rms_of_input: list[float] = []
-    for layer in [*lm.transformer.layers, *lm.depformer.layers]:
-        layer.register_forward_pre_hook(
-            lambda _, inputs: rms_of_input.append(inputs[0].square().mean().sqrt().item())
-        )
-    # codes of no recording; ids that text and audio both have
-    codes = torch.randint(
-        min(lm.card, lm.text_card), (1, 17, 50), generator=torch.Generator().manual_seed(0)
-    )
-    with torch.no_grad():
-        output = lm(codes)
-    # the depformer runs once a codebook, or once for all of them
-    assert len(rms_of_input) >= len(lm.transformer.layers) + len(lm.depformer.layers)
-    # training makes streams grow with depth; a bound is for what bf16 or a lost layer would do
-    assert all(0.01 < value < 50 for value in rms_of_input)
-    assert output.text_logits[output.text_mask].std() < 20
-
-
-def test_tiny_lm_generates_tokens_of_its_vocabulary() -> None:
-    lm = open_source("tiny").lm()
-    generator = LMGen(lm)
-    torch.manual_seed(0)
-    with torch.no_grad(), generator.streaming(1):
-        outputs = [generator.step(torch.zeros(1, 8, 1, dtype=torch.long)) for _ in range(6)]
-    tokens = torch.cat([output for output in outputs if output is not None], dim=2)
-    assert tokens.shape == (1, 9, 5)  # one step late: the delays
-    assert tokens.min() >= 0
-    assert tokens[:, 0].max() < lm.text_card
-    assert tokens[:, 1:].max() < lm.card
-
-
-@torch.no_grad()
-def test_encoding_is_repeatable_and_hears_speech(codec: MimiModel, speech: Tensor) -> None:
-    codes = codec.encode(speech)
-    assert codes.shape == (1, 8, 375)
-    assert torch.equal(codes, open_source("tiny").codec().encode(speech))
-    silence = codec.encode(torch.zeros_like(speech))
-    # half of the 30 s is the other side's turn, which may well sound like silence
-    loud = speech.reshape(-1, codec.frame_size).square().mean(dim=1).sqrt() > 1e-2  # [steps]
-    assert loud.sum() > 100
-    assert (codes != silence)[..., loud].float().mean() > 0.5
-    assert all(len(level.unique()) > 32 for level in codes[0]), "a dead codebook"
-
-
-@torch.no_grad()
-def test_decoded_speech_follows_the_loudness_of_the_original(
-    codec: MimiModel, speech: Tensor
-) -> None:
-    decoded = codec.decode(codec.encode(speech))
-    assert decoded.shape == speech.shape
-    envelopes = [
-        x.reshape(-1, codec.frame_size).square().mean(dim=1).add(1e-8).log()
-        for x in (decoded, speech)
-    ]
-    assert torch.corrcoef(torch.stack(envelopes))[0, 1] > 0.8

@@ -14,7 +14,7 @@ import train.data
 from moshi_ttt.data import check_manifest
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.errors import UserError
-from moshi_ttt.loading import open_source
+from moshi_ttt.loading import ASSETS, open_source
 from train.data import ConversationData
 
 BATCHES = 3  # an epoch
@@ -188,12 +188,16 @@ def test_warnings_of_the_check_are_logged(
     assert "data.batch_size=9 is more than the 5 clip(s)" in caplog.text
 
 
-def test_validating_own_data_on_the_demo_set_is_pointed_out(
-    source: FakeSource, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+def test_validating_own_data_on_the_bundled_set_is_pointed_out(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    # the bundled codes are read by no other model than the tiny one
     del options["val_manifest"]
     ConversationData(**options).prepare_data()
-    assert "data.val_manifest is the bundled demo set but data.manifest is not" in caplog.text
+    assert "data.val_manifest is the bundled held-out set but data.manifest is not" in caplog.text
+    caplog.clear()
+    ConversationData(cache_dir=options["cache_dir"]).prepare_data()
+    assert "data.val_manifest" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -247,12 +251,18 @@ def test_the_tiny_model_reads_a_recording_as_its_codec_and_tokenizer_say(tmp_pat
     assert recording.codes[0].tolist() == [*hello, *[3] * (38 - len(hello))]
 
 
-def test_the_bundled_demo_set_is_found_from_anywhere_and_is_sound(
+def test_the_bundled_sets_are_found_from_anywhere_and_are_sound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = ConversationData()
     source = open_source("tiny")
-    for manifest in (data.manifest, data.val_manifest):
+    demo = [ASSETS / "demo" / f"{name}.jsonl" for name in ("train", "val")]
+    for manifest in (data.manifest, data.val_manifest, *demo):
         check = check_manifest(manifest, source.clock, source.tokenizer(), decode=True)
         assert check.problems == check.warnings == []
+    data.prepare_data()
+    data.setup("fit")
+    assert len(data.val_recordings()) == 9
+    assert all(recording.probes for recording in data.val_recordings())
+    assert not list(tmp_path.iterdir()), "codes that are bundled are not cached again"

@@ -32,7 +32,7 @@ CONFIG = LongRunConfig(
     nll_window_sec=1.6,
     audio_streams=1,
     quality_window_sec=0.8,
-    attention_layers=(0, 3),
+    attention_layers=(0, 5),
     attention_every_steps=10,
 )
 
@@ -50,7 +50,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     source = open_source("tiny")
     lm = source.lm(context_steps=CONTEXT)
     add_memory(lm, MemoryConfig(layers="last:1", head_dim=8, mini_batch_steps=8))
-    torch.nn.init.normal_(hybrid_layers(lm)[3].branch.gate, std=0.1)
+    torch.nn.init.normal_(hybrid_layers(lm)[5].branch.gate, std=0.1)
     recordings = [recording("a", 60), recording("bb", 100)]
     scalars = evaluate(lm, source, recordings, CONFIG, folder, label="epoch 1", trained_steps=25)
     return folder, scalars
@@ -67,8 +67,8 @@ def test_the_trace_is_complete_and_comes_back_from_its_folder(
         "bb from 0 s, seed 0",
         "bb from 0 s, seed 1",
     ]
-    assert list(trace.hybrid_layers) == [3]
-    assert trace.input_norm.shape == (4, 4, STEPS)
+    assert list(trace.hybrid_layers) == [5]
+    assert trace.input_norm.shape == (4, 6, STEPS)
     assert trace.codes.shape == (4, 8, STEPS - 1)
     assert np.isfinite(trace.branch_ratio).all()
     assert (trace.inner_updates[:, 0] == np.arange(1, STEPS + 1) // 8).all()
@@ -98,7 +98,7 @@ def test_events_name_creation_eviction_and_every_turn_with_all_three_clocks(
     eviction = next(event for event in events if event["event"] == "first_eviction")
     assert eviction["seconds"] == pytest.approx(2.4)
     assert eviction["legacy_token"] == 240
-    assert "transformer.layers.3.base.self_attn" in eviction["modules"]
+    assert "transformer.layers.5.base.self_attn" in eviction["modules"]
     created = {event["role"]: event for event in events[:2]}
     assert {role: event["capacity_steps"] for role, event in created.items()} == {
         "temporal": CONTEXT,

@@ -301,10 +301,10 @@ def test_the_codecs_rings_are_told_apart_and_count_their_own_positions() -> None
     with codec.streaming(1), torch.no_grad():
         for _ in range(3):
             codec.encode(torch.zeros(1, 1, 1920))
-        rings = ring_snapshots(codec, prefix="codec", positions_per_step=2)
+        rings = ring_snapshots(codec, prefix="codec", positions_per_step=4)
         assert {ring.role for ring in rings} == {"codec"}
         encoder = [ring for ring in rings if "encoder_transformer" in ring.module]
         assert encoder
-        assert {ring.end_offset for ring in encoder} == {6}
+        assert {ring.end_offset for ring in encoder} == {3 * 4}
         held = held_positions(ring_of(codec.encoder_transformer.transformer.layers[0].self_attn))
-    assert held[0, :6].tolist() == [0, 1, 2, 3, 4, 5]
+    assert held[0, :12].tolist() == list(range(12))
