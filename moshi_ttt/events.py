@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moshi_ttt.clock import LEGACY_TOKENS_PER_STEP, Clock
-from moshi_ttt.trace import CacheSnapshot, Event, Trace, plain, write_atomic
+from moshi_ttt.trace import CacheSnapshot, Event, Trace, plain, write_bytes
 
 NOTED = (6000, 6001, 6100)
 """Positions that the research notes name; each is read both as a step and as a legacy token."""
@@ -199,7 +199,7 @@ def generation_events(trace: Trace) -> list[Event]:
 def write_events(path: Path, events: Iterable[Event], clock: Clock) -> None:
     """Write `events.jsonl`, one event a line; what is undefined is null."""
     lines = [json.dumps(plain(event.record(clock)), allow_nan=False) for event in events]
-    write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def _over_streams(values: np.ndarray) -> np.ndarray:

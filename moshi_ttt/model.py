@@ -19,7 +19,7 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import add_memory
 from moshi_ttt.loading import ModelSource, open_source
 from moshi_ttt.memory import MemoryConfig, resolve_layers
-from moshi_ttt.trace import write_atomic
+from moshi_ttt.trace import write_bytes
 
 Trained = Literal["memory", "lora", "memory+lora", "base", "full"]
 Dtype = Literal["float32", "bfloat16"]
@@ -127,7 +127,7 @@ def save_trained(
         "trained_steps": str(trained_steps),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_atomic(path, lambda file: file.write(save(tensors, metadata)))
+    write_bytes(path, save(tensors, metadata))
 
 
 def load_trained(

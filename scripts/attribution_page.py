@@ -14,7 +14,7 @@ from moshi_ttt.hypotheses import Cell, Condition, Evidence
 from moshi_ttt.report import html
 from moshi_ttt.report.figures import png
 from moshi_ttt.report.style import COLORS, JUMP_COLOR, mark, middle, position_axis, styled
-from moshi_ttt.trace import write_atomic
+from moshi_ttt.trace import write_bytes
 from moshi_ttt.verdict import Verdict
 
 CAPTIONS = (
@@ -77,7 +77,7 @@ def write_page(
     ]
     lead = f"{evidence.model}: {len(cells)} cells of {streams} streams"
     text = html.page("Why does the norm change?", lead, body)
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def _gates(one: Condition) -> str:

@@ -19,7 +19,7 @@ from moshi.models import MimiModel, loaders
 from moshi.quantization.core_vq import EuclideanCodebook
 from torch import Tensor, nn
 
-from moshi_ttt.trace import write_atomic, write_json
+from moshi_ttt.trace import write_bytes, write_json
 
 CARD = 512
 CODEC_DIM = 128
@@ -194,6 +194,5 @@ def write_codec(codec: MimiModel, config: dict[str, Any], folder: Path) -> None:
         name: (value.half() if name in parameters else value.float()).cpu().contiguous()
         for name, value in codec.state_dict().items()
     }
-    data = safetensors.torch.save(state)
-    write_atomic(folder / "mimi.safetensors", lambda file: file.write(data))
+    write_bytes(folder / "mimi.safetensors", safetensors.torch.save(state))
     write_json(folder / "mimi_config.json", config)

@@ -31,7 +31,7 @@ from moshi_ttt.data import (
 from moshi_ttt.data.codes_file import CODES_SUFFIX, read_codes, write_codes, written_from
 from moshi_ttt.errors import UserError
 from moshi_ttt.loading import ModelSource, open_source
-from moshi_ttt.trace import write_atomic
+from moshi_ttt.trace import write_bytes
 
 BATCH_SEC = 3600.0  # encoded with one load of the codec, then written
 
@@ -140,11 +140,11 @@ def encode_manifest(
     for entry in entries:
         target = targets[entry.path]
         if with_words and entry.alignments_path.is_file():
-            _write(target.with_suffix(".json"), entry.alignments_path.read_bytes())
+            write_bytes(target.with_suffix(".json"), entry.alignments_path.read_bytes())
         # whole steps: what was encoded, the padded last step included
         duration_sec = source.clock.seconds(read_codes(target, codes_format).shape[-1])
         lines.append(json.dumps({"path": target.name, "duration": round(duration_sec, 4)}) + "\n")
-    _write(out / "manifest.jsonl", "".join(lines).encode())
+    write_bytes(out / "manifest.jsonl", "".join(lines).encode())
 
 
 def _made_of(entry: ManifestEntry) -> str:
@@ -154,10 +154,6 @@ def _made_of(entry: ManifestEntry) -> str:
         content = hashlib.sha256(path.read_bytes()) if path.is_file() else hashlib.sha256()
         digest.update(content.digest())
     return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    write_atomic(path, lambda file: file.write(content))
 
 
 def _batches(entries: Sequence[ManifestEntry]) -> list[list[ManifestEntry]]:

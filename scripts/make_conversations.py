@@ -37,7 +37,7 @@ from voices import (
 )
 
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.trace import write_atomic
+from moshi_ttt.trace import write_atomic, write_bytes
 
 SPLITS = ("train", "heldout")
 FORMATS = ("flac", "ogg", "wav")
@@ -114,8 +114,7 @@ def record(path: Path, recipe: Recipe) -> float:
         "voices": names,
         "recipe": asdict(recipe),
     }
-    text = json.dumps(content)
-    write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_bytes(path.with_suffix(".json"), json.dumps(content).encode())
     # the sound last: where it is, the recording is finished
     write_atomic(path, lambda file: _write_audio(file, stereo, path.suffix))
     return len(stereo) / SAMPLE_RATE
@@ -138,7 +137,7 @@ def write_manifest(path: Path, durations_sec: dict[str, float]) -> None:
         json.dumps({"path": name, "duration": seconds}) + "\n"
         for name, seconds in durations_sec.items()
     ]
-    write_atomic(path, lambda file: file.write("".join(lines).encode()))
+    write_bytes(path, "".join(lines).encode())
 
 
 def _write_audio(file: IO[bytes], stereo: np.ndarray, suffix: str) -> None:

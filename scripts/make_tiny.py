@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.loading import open_source
 from moshi_ttt.model import load_trained
-from moshi_ttt.trace import write_atomic, write_json
+from moshi_ttt.trace import write_bytes, write_json
 
 TEXT_CARD = 1000
 DIM = 256
@@ -141,7 +141,7 @@ def _stored(model: nn.Module, dtype: torch.dtype) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    write_atomic(path, lambda file: file.write(data))
+    write_bytes(path, data)
     print(f"{path}: {len(data) / 1e6:.2f} MB")
 
 

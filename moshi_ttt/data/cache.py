@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moshi_ttt.trace import write_atomic
+from moshi_ttt.trace import write_bytes
 
 FORMAT_VERSION = 1  # raise it when reading, resampling or encoding changes
 
@@ -64,7 +64,7 @@ class CodeCache:
         """Keep codes, [rows, T], every value below 32768."""
         compact = codes.to(torch.int16).contiguous()
         content = save({"codes": compact}, {"digest": _digest(compact)})
-        write_atomic(self.path(audio_path), lambda file: file.write(content))
+        write_bytes(self.path(audio_path), content)
 
 
 def _digest(codes: Tensor) -> str:

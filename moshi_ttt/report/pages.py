@@ -30,7 +30,7 @@ from moshi_ttt.report.text import (
     WHY,
     findings,
 )
-from moshi_ttt.trace import Trace, write_atomic
+from moshi_ttt.trace import Trace, write_bytes
 
 PLAYED_CLIPS = 2
 
@@ -121,7 +121,7 @@ def _write(path: Path, title: str, trace: Trace, body: Iterable[str]) -> Path:
         f"100 steps are {clock.seconds(100):g} s or {clock.legacy_tokens(100)} legacy tokens."
     )
     text = html.page(title, lead, body)
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
     return path
 
 
