@@ -13,7 +13,14 @@ import torch
 from codec_losses import GradientBalance, Readout, envelope_distance, spectral_distances
 from codec_replay import Replayed, Values
 from codec_speech import Speech
-from codec_training import codebooks, fit_codebooks, reconstruct, usage_bits, write_codec
+from codec_training import (
+    codebooks,
+    fit_codebooks,
+    latents_of,
+    reconstruct,
+    usage_bits,
+    write_codec,
+)
 from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from moshi.models import MimiModel
@@ -212,13 +219,11 @@ class CodecTraining(LightningModule):
     @torch.no_grad()
     def _start_quantising(self) -> None:
         """Fit the codebooks to what the encoder says by now."""
-        latents = []
         recipe = self.recipe
-        for _ in range(recipe.codebook_batches):
-            assert self.codec.encoder_transformer is not None
-            audio = self._speech.pieces(recipe.rows, recipe.piece_steps)
-            (latent,) = self.codec.encoder_transformer(self.codec.encoder(audio))
-            latents.append(self.codec._to_framerate(latent).float())
+        latents = [
+            latents_of(self.codec, self._speech.pieces(recipe.rows, recipe.piece_steps))
+            for _ in range(recipe.codebook_batches)
+        ]
         with torch.autocast(self.device.type, enabled=False):
             fit_codebooks(self.codec, torch.cat(latents), recipe.rows * recipe.piece_steps)
         self._quantise = True
@@ -278,8 +283,7 @@ class CodecTraining(LightningModule):
 
     def on_validation_end(self) -> None:
         """Write the codec as it is now: a training that is cut off leaves a usable one."""
-        if not self.trainer.sanity_checking:
-            write_codec(self.averaged(), self.config, self.out)
+        write_codec(self.averaged(), self.config, self.out)
 
 
 def _rate(progress: float) -> float:

@@ -61,6 +61,13 @@ that at unit variance the quiet sounds, 30 dB below the loud, would pass it as i
 _KMEANS_ITERATIONS = 30
 
 
+def latents_of(codec: MimiModel, audio: Tensor) -> Tensor:
+    """What the quantizer gets, [B, channels, steps] fp32, of audio [B, 1, samples], whole steps."""
+    assert codec.encoder_transformer is not None
+    (latent,) = codec.encoder_transformer(codec.encoder(audio))
+    return codec._to_framerate(latent).float()
+
+
 def reconstruct(
     codec: MimiModel, audio: Tensor, *, quantise: bool, bypass_rate: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,14 +87,12 @@ def reconstruct(
         The audio again, [B, 1, samples] fp32; the latents it was made from, [B, channels, steps];
         and the commitment loss, mean over the codebooks (zero if not `quantise`).
     """
-    assert codec.encoder_transformer is not None
     assert codec.decoder_transformer is not None
-    (latent,) = codec.encoder_transformer(codec.encoder(audio))
-    latent = codec._to_framerate(latent)
+    latent = latents_of(codec, audio)
     with torch.autocast(audio.device.type, enabled=False):
         outputs, penalties = [], []
         for quantizer in quantizers(codec):
-            projected = quantizer.input_proj(latent.float())
+            projected = quantizer.input_proj(latent)
             if quantise:
                 result = quantizer.vq(projected, n_q=quantizer.n_q)
                 penalties.append(result.loss)
@@ -100,7 +105,7 @@ def reconstruct(
     return codec.decoder(decoded).float(), latent, penalty
 
 
-def scale_to_unit_variance(codec: MimiModel, audio: Tensor) -> None:
+def scale_convolutions(codec: MimiModel, audio: Tensor) -> None:
     """Rescale every convolution, in the order of one forward pass, to a known output variance.
 
     The standard deviation becomes `ENCODER_GAIN` ahead of the encoder's activations, that of

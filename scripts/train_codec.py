@@ -22,39 +22,21 @@ import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether
 import torch
 from codec_module import LOG_EVERY_UPDATES, CodecTraining, Recipe
 from codec_speech import Speech
-from codec_training import CARD, CODEC_CONFIG, codebooks, scale_to_unit_variance, usage_bits
+from codec_training import CARD, CODEC_CONFIG, codebooks, scale_convolutions, usage_bits
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from moshi.models import MimiModel, loaders
 from moshi.utils.compile import no_compile
-from torch.utils.data import DataLoader, Dataset
 
 from moshi_ttt.errors import UserError, run_program
 
 
-class Count(Dataset[int]):
-    """What Lightning loops over: the audio is on the device already.
-
-    Args:
-        batches: of an epoch.
-    """
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
 def build(config: dict[str, Any], speech: Speech, seed: int) -> MimiModel:
-    """A codec whose convolutions put out unit variance on this speech."""
+    """A codec whose convolutions are scaled to this speech."""
     torch.manual_seed(seed)
     codec = loaders.get_mimi(None, config, num_codebooks=config["quantizer"]["n_q"])
-    scale_to_unit_variance(codec, speech.pieces(8, 32))
+    scale_convolutions(codec, speech.pieces(8, 32))
     return codec.train()  # codebooks follow only in training mode, and moshi builds in eval mode
 
 
@@ -118,8 +100,8 @@ def train(
         logger=TensorBoardLogger(out / "tensorboard", name=None, version=""),
         callbacks=[TQDMProgressBar(refresh_rate=LOG_EVERY_UPDATES)] if progress_bar else [],
     )
-    batches: DataLoader[int] = DataLoader(Count(recipe.updates_per_epoch), batch_size=None)
-    validation: DataLoader[int] = DataLoader(Count(2), batch_size=None)
+    # Lightning only counts: the audio is on the device already
+    batches, validation = range(recipe.updates_per_epoch), range(2)
     # moshi would compile its smallest functions, for each shape and mode anew
     with no_compile():
         trainer.fit(

@@ -100,7 +100,7 @@ def test_scaling_drives_the_encoders_activations_harder_and_nothing_else(
     torch.manual_seed(0)
     codec = loaders.get_mimi(None, config, num_codebooks=3)
     audio = tones(2)[None, None, : 24 * STEP_SAMPLES]
-    training.scale_to_unit_variance(codec, audio)
+    training.scale_convolutions(codec, audio)
     in_encoder = set(codec.encoder.modules())
     encoder: list[float] = []
     others: list[float] = []
