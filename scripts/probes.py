@@ -13,13 +13,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GAPS_SEC = (4, 10, 20, 40, 60, 90, 120, 180, 240)
-"""Intended seconds from the last mention of a value to the question for it."""
-GAP_SHARES = {
-    # the short ones fit into the 15 s clips that are trained on
-    "train": (0.45, 0.20, 0.10, 0.05, 0.05, 0.05, 0.04, 0.03, 0.03),
-    "heldout": (1 / 9,) * 9,
-}
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast facts follow one another, and how soon they are asked for."""
+
+    gap_shares: dict[float, float]
+    """Intended seconds from the last mention of a value to the question for it, and how often."""
+    plant_every_sec: tuple[float, float]
+    """From one planting to the next; asking takes time too."""
+
+
+CALM = Pace(
+    {4: 0.45, 10: 0.20, 20: 0.10, 40: 0.05, 60: 0.05, 90: 0.05, 120: 0.04, 180: 0.03, 240: 0.03},
+    (7.0, 20.0),
+)
+SPREAD = Pace(dict.fromkeys(CALM.gap_shares, 1 / len(CALM.gap_shares)), (7.0, 20.0))
+"""Every gap as often as any other: to measure with."""
+DRILL = Pace({1: 0.4, 3: 0.4, 6: 0.2}, (1.0, 4.0))
+"""Planted, asked and answered within a 15 s clip, again and again: to learn recall from."""
+PACES = {"train": (CALM, DRILL), "heldout": (SPREAD,)}
+"""Those of a split's conversations, each as often as any other."""
 ECHO_SHARE = 0.8
 """How often the other side repeats the value when it is planted."""
 USER_ASKS_SHARE = 0.85

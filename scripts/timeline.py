@@ -22,8 +22,6 @@ _PLANT_SEC = 5.0
 """About how long planting a fact takes; nothing is planted when a question is due sooner."""
 _PAIR_SHARE = 0.2
 """How often the next fact follows at once."""
-_PLANT_EVERY_SEC = (7.0, 20.0)
-"""Otherwise drawn from here, from one planting to the next; asking takes time too."""
 _ASK_MARGIN_SEC = 25.0
 """Kept free before the end for planting a fact, for questions that queue, and for the answer."""
 _MOST_ALIVE = 12
@@ -135,7 +133,7 @@ def plan(
         voices: left and right side.
         rng: text, roles, pauses and gaps.
         least_sec: length to reach.
-        split: "train" or "heldout": which topics, and how the gaps are drawn.
+        split: "train" or "heldout": which topics, and which paces of the probes.
     """
     return _Planner(voices, rng, least_sec, split).run()
 
@@ -151,18 +149,20 @@ class _Planner:
         self._voices = voices
         self._rng = rng
         self._least_sec = least_sec
-        self._split = split
+        self._held_out = split == "heldout"
+        paces = probes.PACES[split]
+        self._pace = paces[rng.integers(len(paces))]
         self._placed: list[Placed] = []
         self._probes: list[Probe] = []
         self._last_speaker = USER
         self._free_sec = [0.0, 0.0]  # from when on each side may speak again
         self._end_sec = 0.3  # of the last turn
         self._may_overlap = False
-        self._next_plant_sec = rng.uniform(*_PLANT_EVERY_SEC)
+        self._next_plant_sec = rng.uniform(*self._pace.plant_every_sec)
         self._pair = False
 
     def run(self) -> Plan:
-        for turn in conversation(self._rng, held_out=self._split == "heldout"):
+        for turn in conversation(self._rng, held_out=self._held_out):
             self._small_talk(turn)
             if self._end_sec >= self._least_sec and not self._alive():
                 break
@@ -209,12 +209,13 @@ class _Planner:
             return False
         # where each gap's facts can be planted ends before the end; they are spread over that, so
         # that the shares hold although the long gaps no longer fit later
-        room_sec = self._least_sec - _ASK_MARGIN_SEC - np.array(probes.GAPS_SEC)
+        gaps_sec, shares = (np.array(list(of)) for of in zip(*self._pace.gap_shares.items()))
+        room_sec = self._least_sec - _ASK_MARGIN_SEC - gaps_sec
         fits = room_sec > now_sec
         if not fits.any():
             return False
-        weights = np.where(fits, probes.GAP_SHARES[self._split], 0) / np.where(fits, room_sec, 1)
-        gap_sec = float(rng.choice(probes.GAPS_SEC, p=weights / weights.sum()))
+        weights = np.where(fits, shares, 0) / np.where(fits, room_sec, 1)
+        gap_sec = float(rng.choice(gaps_sec, p=weights / weights.sum()))
 
         fact = probes.draw(rng, [probe.fact for probe in alive])
         owner = USER if rng.random() < probes.USER_ASKS_SHARE else 1 - USER
@@ -223,7 +224,9 @@ class _Planner:
         reply = self._probe_turn(1 - owner, fact.echo(rng) if echoed else fact.no_echo(rng))
         self._probes.append(Probe(fact, owner, gap_sec, planted, reply if echoed else None))
         self._pair = rng.random() < _PAIR_SHARE
-        self._next_plant_sec = now_sec if self._pair else now_sec + rng.uniform(*_PLANT_EVERY_SEC)
+        self._next_plant_sec = now_sec
+        if not self._pair:
+            self._next_plant_sec += rng.uniform(*self._pace.plant_every_sec)
         return True
 
     def _ask(self, probe: Probe) -> None:

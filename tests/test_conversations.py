@@ -142,21 +142,29 @@ def test_a_question_comes_after_its_gap_and_not_long_after(plans: dict[str, list
 
 
 def test_short_gaps_dominate_training_and_held_out_gaps_are_spread(
-    plans: dict[str, list[Any]],
+    scripts: dict[str, ModuleType], plans: dict[str, list[Any]]
 ) -> None:
-    def share(split: str, gap_sec: float) -> float:
+    def share(split: str, *gaps_sec: float) -> float:
         drawn = [probe.drawn_gap_sec for plan in plans[split] for probe in plan.probes]
-        return drawn.count(gap_sec) / len(drawn)
+        return sum(gap_sec in gaps_sec for gap_sec in drawn) / len(drawn)
 
-    assert 0.35 < share("train", 4) < 0.6
-    for gap_sec in (4, 10, 20, 40, 60, 90, 120, 180, 240):
+    assert 0.5 < share("train", 1, 3, 4, 6) < 0.95
+    for gap_sec in scripts["probes"].SPREAD.gap_shares:
         assert 0.04 < share("heldout", gap_sec) < 0.2
 
 
-def test_probes_are_dense(plans: dict[str, list[Any]]) -> None:
-    for split in plans:
-        seconds = sum(plan.duration_sec for plan in plans[split])
-        assert 13 < seconds / sum(len(plan.probes) for plan in plans[split]) < 20
+def test_calm_and_drilling_conversations_are_both_trained_on(plans: dict[str, list[Any]]) -> None:
+    every_sec = [plan.duration_sec / len(plan.probes) for plan in plans["train"]]
+    assert min(every_sec) < 12 < 14 < max(every_sec)
+    assert all(13 < plan.duration_sec / len(plan.probes) < 22 for plan in plans["heldout"])
+
+
+def test_a_drill_plants_asks_and_answers_within_a_clip_of_15_s(plans: dict[str, list[Any]]) -> None:
+    drill = min(plans["train"], key=lambda plan: plan.duration_sec / len(plan.probes))
+    spans_sec = [
+        probe.answered.end_sec - (probe.echo or probe.planted).start_sec for probe in drill.probes
+    ]
+    assert np.quantile(spans_sec, 0.9) < 15
 
 
 def test_most_probes_are_echoed_and_asked_by_the_user(plans: dict[str, list[Any]]) -> None:
