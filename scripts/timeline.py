@@ -209,7 +209,7 @@ class _Planner:
             return False
         # where each gap's facts can be planted ends before the end; they are spread over that, so
         # that the shares hold although the long gaps no longer fit later
-        gaps_sec, shares = (np.array(list(of)) for of in zip(*self._pace.gap_shares.items()))
+        gaps_sec, shares = np.array(list(self._pace.gap_shares.items())).T
         room_sec = self._least_sec - _ASK_MARGIN_SEC - gaps_sec
         fits = room_sec > now_sec
         if not fits.any():
