@@ -1,4 +1,4 @@
-"""The two phases of a codec's training, as a LightningModule."""
+"""The three phases of a codec's training, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from codec_training import (
     codebooks,
     fit_codebooks,
     latents_of,
+    quantizers,
     reconstruct,
+    split_latents,
     usage_bits,
     write_codec,
 )
@@ -33,6 +36,17 @@ COMMITMENT_WEIGHT = 0.25
 READOUT_WEIGHT = 4.0
 LOG_EVERY_UPDATES = 50  # reading a number back waits for the device
 REPLACE_EVERY_UPDATES = 40  # dead codewords; such an update is not replayed
+
+
+class Phase(IntEnum):
+    """What a training does at the time."""
+
+    PLAIN = 0
+    """Encoder and decoder learn, nothing is quantised."""
+    QUANTISED = 1
+    """All of it learns."""
+    DECODER = 2
+    """The encoder stays as it is: the decoder learns codes that mean the same from now on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +66,16 @@ class Recipe:
     average_decay: float = 0.999
     """Of the moving average of the weights, which is what is written."""
     plain_share: float = 0.1
-    """First phase, without quantisation."""
+    """`Phase.PLAIN`."""
+    decoder_share: float = 0.4
+    """`Phase.DECODER`, at the end."""
     bypass_rate: float = 0.2
-    """Pieces that pass unquantised in the second phase."""
-    codebook_batches: int = 40
-    """Updates' worth of latents that codebooks are first fitted to."""
+    """Pieces that pass unquantised in `Phase.QUANTISED`."""
+    codebook_batches: int = 160
+    """Updates' worth of latents that codebooks are fitted to, ahead of each later phase."""
+    detune: float = 0.15
+    """Half of the pieces are played up to so much faster or slower, as a natural logarithm: other
+    voices than the few there are."""
     updates_per_epoch: int = 500
     """Between validations and checkpoints."""
     seed: int = 0
@@ -64,7 +83,7 @@ class Recipe:
 
 
 class CodecTraining(LightningModule):
-    """The two phases of a codec's training: without quantisation, and with it.
+    """The training of a codec, in the order of `Phase`.
 
     Args:
         codec: freshly built; trained in place.
@@ -95,7 +114,7 @@ class CodecTraining(LightningModule):
         self.out = out
         self._speech = speech
         self._held_out = held_out
-        self._quantise = False
+        self._phase = Phase.PLAIN
         self._replayed = Replayed(self._update)
         self._updates = 0
         self._spent_sec = 0.0
@@ -117,7 +136,8 @@ class CodecTraining(LightningModule):
     def on_train_start(self) -> None:
         """Start the clock; a resumed training draws other pieces than before."""
         self._begun = time.perf_counter()
-        self._quantise = codebooks(self.codec)[0].initialized
+        if self._phase is Phase.DECODER:
+            self._freeze_encoder()
         for codebook in codebooks(self.codec):
             codebook.check_unused_every = 10**9  # `training_step` asks for it
             codebook._next_unused_check = 10**9
@@ -128,12 +148,17 @@ class CodecTraining(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the clock."""
         spent_sec = self._spent_sec + time.perf_counter() - self._begun
-        checkpoint["course"] = {"updates": self._updates, "spent_sec": spent_sec}
+        checkpoint["course"] = {
+            "updates": self._updates,
+            "spent_sec": spent_sec,
+            "phase": int(self._phase),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the clock stood."""
         self._updates = checkpoint["course"]["updates"]
         self._spent_sec = checkpoint["course"]["spent_sec"]
+        self._phase = Phase(checkpoint["course"]["phase"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW of the codec and its readout."""
@@ -151,14 +176,16 @@ class CodecTraining(LightningModule):
     def training_step(self, _: int, batch_idx: int) -> None:
         """One update."""
         recipe, progress = self.recipe, self.progress
-        if not self._quantise and progress >= recipe.plain_share:
-            self._start_quantising()
+        if self._phase is Phase.PLAIN and progress >= recipe.plain_share:
+            self._enter(Phase.QUANTISED)
+        elif self._phase is Phase.QUANTISED and progress >= 1 - recipe.decoder_share:
+            self._enter(Phase.DECODER)
         self._settings["lr"].fill_(_rate(progress) * recipe.peak_lr)
 
         stretch = 4 if self._updates % 4 == 3 else 1
-        audio = self._speech.pieces(recipe.rows // stretch, recipe.piece_steps * stretch)
+        audio = self._pieces(stretch)
         self._updates += 1
-        if self._quantise and self._updates % REPLACE_EVERY_UPDATES == 0:
+        if self._phase is not Phase.PLAIN and self._updates % REPLACE_EVERY_UPDATES == 0:
             for codebook in codebooks(self.codec):
                 codebook._next_unused_check = 1
             values = self._replayed.plainly(audio)
@@ -167,7 +194,7 @@ class CodecTraining(LightningModule):
                 codebook.embedding_sum.detach_()
                 codebook.cluster_usage.detach_()
         else:
-            values = self._replayed((stretch, self._quantise), audio)
+            values = self._replayed((stretch, self._phase), audio)
         self._follow()
         if self._updates % LOG_EVERY_UPDATES == 0:
             self.log_dict({f"train/{name}": value for name, value in values.items()})
@@ -194,7 +221,10 @@ class CodecTraining(LightningModule):
             self.device.type, torch.bfloat16, torch.is_autocast_enabled(), cache_enabled=False
         ):
             copied, latent, commitment = reconstruct(
-                self.codec, audio, quantise=self._quantise, bypass_rate=recipe.bypass_rate
+                self.codec,
+                audio,
+                quantise=self._phase is not Phase.PLAIN,
+                bypass_rate=recipe.bypass_rate if self._phase is Phase.QUANTISED else 0.0,
             )
         # what balances begins at a leaf: each gradient is weighed before they are sent on together
         leaf = copied.detach().reshape(recipe.rows, 1, -1).requires_grad_()
@@ -216,17 +246,39 @@ class CodecTraining(LightningModule):
         if self.progress >= 1:
             self.trainer.should_stop = True
 
-    @torch.no_grad()
-    def _start_quantising(self) -> None:
-        """Fit the codebooks to what the encoder says by now."""
+    def _pieces(self, stretch: int = 1) -> Tensor:
         recipe = self.recipe
-        latents = [
-            latents_of(self.codec, self._speech.pieces(recipe.rows, recipe.piece_steps))
-            for _ in range(recipe.codebook_batches)
-        ]
+        return self._speech.pieces(
+            recipe.rows // stretch, recipe.piece_steps * stretch, recipe.detune
+        )
+
+    @torch.no_grad()
+    def _enter(self, phase: Phase) -> None:
+        """Begin a phase that quantises, with codebooks fitted to what the encoder says by now."""
+        recipe = self.recipe
+        if phase is Phase.DECODER:
+            # what is kept in the end is the average, and it is the better encoder
+            torch._foreach_copy_(list(self.codec.parameters()), list(self.average.parameters()))
+            self._freeze_encoder()
+        latents = torch.cat(
+            [latents_of(self.codec, self._pieces()) for _ in range(recipe.codebook_batches)]
+        )
         with torch.autocast(self.device.type, enabled=False):
-            fit_codebooks(self.codec, torch.cat(latents), recipe.rows * recipe.piece_steps)
-        self._quantise = True
+            split_latents(self.codec, latents, self.readout.linear.weight)
+            fit_codebooks(self.codec, latents, recipe.rows * recipe.piece_steps)
+        for kept, current in zip(quantizers(self.average), quantizers(self.codec), strict=True):
+            torch._foreach_copy_(list(kept.parameters()), list(current.parameters()))
+        self._phase = phase
+
+    def _freeze_encoder(self) -> None:
+        codec = self.codec
+        for part in (
+            codec.encoder,
+            codec.encoder_transformer,
+            codec.downsample,
+            *(quantizer.input_proj for quantizer in quantizers(codec)),
+        ):
+            part.requires_grad_(False)
 
     @torch.no_grad()
     def _follow(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,16 +41,44 @@ class Speech:
         self._power_before = self._power_before.to(device)
         return self
 
-    def pieces(self, rows: int, steps: int) -> Tensor:
-        """Random pieces, [rows, 1, steps * step_samples] fp32, in proportion to loudness."""
-        loudness = self._power_before[steps:] - self._power_before[:-steps]
-        loudness = (loudness.clamp(min=0) / steps).sqrt().float()[:-1]
+    def pieces(self, rows: int, steps: int, detune: float = 0.0) -> Tensor:
+        """Random pieces, [rows, 1, steps * step_samples] fp32, in proportion to loudness.
+
+        Args:
+            rows: how many.
+            steps: length of each.
+            detune: half of them are played faster or slower by up to this natural logarithm.
+        """
+        span = math.ceil(steps * math.exp(detune)) + 1
+        loudness = self._power_before[span:] - self._power_before[:-span]
+        loudness = (loudness.clamp(min=0) / span).sqrt().float()[:-1]
         weights = loudness + _SILENCE_FLOOR * loudness.mean() + 1e-9
         start = torch.multinomial(weights, rows, replacement=True) * self.step_samples
         # real recordings do not begin where a step of this track does
         start = start + torch.randint_like(start, self.step_samples)
         offsets = torch.arange(steps * self.step_samples, device=start.device)
-        return (self.samples[start[:, None] + offsets] / 2**15)[:, None]
+        if not detune:
+            return (self.samples[start[:, None] + offsets] / 2**15)[:, None]
+        chosen = torch.rand(rows, 1, device=start.device) < 0.5
+        logarithm = detune * (2 * torch.rand(rows, 1, device=start.device) - 1) * chosen
+        return self._interpolated(start[:, None], offsets * logarithm.double().exp())[:, None]
+
+    def _interpolated(self, start: Tensor, offsets: Tensor) -> Tensor:
+        """Catmull-Rom between the samples, exact at whole offsets; [rows, samples] fp32."""
+        whole = offsets.long()
+        t = (offsets - whole).float()
+        # the first sample of a piece has no neighbour to its left if the track begins there
+        first, second, third, fourth = (
+            self.samples[(start + whole + shift).clamp(min=0)] / 2**15 for shift in (-1, 0, 1, 2)
+        )
+        slopes = 0.5 * (third - first), 0.5 * (fourth - second)
+        step = third - second
+        return (
+            second
+            + t * slopes[0]
+            + t**2 * (3 * step - 2 * slopes[0] - slopes[1])
+            + t**3 * (slopes[0] + slopes[1] - 2 * step)
+        )
 
     @classmethod
     def read(cls, manifests: list[Path]) -> Speech:

@@ -1,11 +1,12 @@
 """A small Mimi: its config, and what lets moshi's own modules be trained.
 
-Five things make it train in minutes where the plain recipe collapses: weights scaled so that every
+Six things make it train in minutes where the plain recipe collapses: weights scaled so that every
 convolution's output has a known variance on real audio, a first phase without quantisation,
-codebooks fitted to thousands of latents instead of to the one batch the package would take, losses
-weighted by the gradients they cause (`codec_losses.GradientBalance`) instead of by their values,
-and a loss at the latents themselves (`codec_losses.Readout`), which the encoder learns from before
-the decoder is good enough to teach it anything.
+codebooks fitted to thousands of latents instead of to the one batch the package would take, both
+quantizers given different parts of the latents, losses weighted by the gradients they cause
+(`codec_losses.GradientBalance`) instead of by their values, and a loss at the latents themselves
+(`codec_losses.Readout`), which the encoder learns from before the decoder is good enough to teach
+it anything.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ CODEC_CONFIG: dict[str, Any] = loaders._mimi_config | {
 ENCODER_GAIN = 6.0
 """Standard deviation ahead of the encoder's activations: ELU bends within one unit of zero, so
 that at unit variance the quiet sounds, 30 dB below the loud, would pass it as if it were linear."""
+FIRST_COMPONENTS = 2
+"""Principal components that the first quantizer has to itself. Its one codebook cannot hold more:
+with 16, as a training that was left alone chose, it lost half of their variance and made 63 % of
+all quantisation noise; with 3 the noise is higher too."""
 _KMEANS_ITERATIONS = 30
 
 
@@ -134,6 +139,52 @@ def scale_convolutions(codec: MimiModel, audio: Tensor) -> None:
         hook.remove()
     last = [m for m in codec.decoder.modules() if isinstance(m, nn.Conv1d)][-1]
     last.weight.data *= audio.std()
+
+
+@torch.no_grad()
+def split_latents(codec: MimiModel, latents: Tensor, readout: Tensor) -> None:
+    """Give each quantizer principal components of its own, and all of them together the same sum.
+
+    Mimi's two quantizers do not follow one another: both see the same latents, and what they make
+    of them is added up. The components are those of what a linear readout makes of that sum, so
+    that an error in any direction costs what it costs to the ear. The first quantizer gets the
+    `FIRST_COMPONENTS` largest; its other dimensions become zero, and no gradient moves them again.
+
+    Args:
+        codec: changed in place, its codebooks excepted: they have to be fitted after this.
+        latents: what its encoder says about many pieces, [B, channels, steps].
+        readout: weight of a linear map from the sum to a spectrum, [values, channels].
+    """
+    first, rest = quantizers(codec)
+    z = latents.transpose(1, 2).flatten(0, 1).double()  # [N, channels]
+    ahead = torch.stack(
+        [_matrix(one.output_proj) @ _matrix(one.input_proj) for one in (first, rest)]
+    ).sum(dim=0)
+    summed = z @ ahead.T
+    heard = readout.double() @ (summed - summed.mean(dim=0)).T  # [values, N]
+    _, directions = torch.linalg.eigh(heard @ heard.T)
+    directions = directions.flip(1)[:, : FIRST_COMPONENTS + rest.dimension]  # largest first
+    analysis = directions.T @ readout.double() @ ahead  # [components, channels]
+    scores = z @ analysis.T
+    # at the latents' own scale, or the commitment loss would mean something else
+    scale = z.square().mean().sqrt() / scores[:, FIRST_COMPONENTS:].square().mean().sqrt()
+    analysis, scores = scale * analysis, scale * scores
+    # least squares; a component that the latents do not have stays zero
+    inverse = torch.linalg.pinv(scores.T @ scores, hermitian=True)
+    synthesis = summed.T @ scores @ inverse  # [channels, components]
+    for one, own in ((first, slice(FIRST_COMPONENTS)), (rest, slice(FIRST_COMPONENTS, None))):
+        used = analysis[own].shape[0]
+        for projection, matrix in (
+            (one.input_proj.weight[:used, :, 0], analysis[own]),
+            (one.output_proj.weight[:, :used, 0], synthesis[:, own]),
+        ):
+            projection.copy_(matrix)
+        one.input_proj.weight[used:] = 0
+        one.output_proj.weight[:, used:] = 0
+
+
+def _matrix(projection: nn.Conv1d) -> Tensor:
+    return projection.weight[:, :, 0].double()
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@
 
 Writes OUT/mimi.safetensors and OUT/mimi_config.json, which moshi's loaders read, anew after every
 epoch; OUT/last.ckpt to go on from; OUT/tensorboard to watch. Minutes are those of training, over
-all resumptions: the learning rate and the phases (without quantisation, with it) follow the share
-of them that is spent.
+all resumptions: the learning rate and the phases (`codec_module.Phase`) follow the share of them
+that is spent.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def train(
     if recipe.rows % 4:
         raise UserError(f"--rows {recipe.rows} is not a multiple of 4; use e.g. 24")
     seed_everything(recipe.seed, verbose=False)
-    kept, held_out = speech.split(0.02, 4 * recipe.piece_steps + 2)
+    kept, held_out = speech.split(
+        0.02, math.ceil(4 * recipe.piece_steps * math.exp(recipe.detune)) + 3
+    )
     codec = build(config, kept, recipe.seed)
     module = CodecTraining(codec, config, kept, held_out, recipe, out)
     if compiled:

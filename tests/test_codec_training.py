@@ -53,6 +53,7 @@ def recipe(script: Any) -> dict[str, Any]:
         "codebook_batches": 4,
         "updates_per_epoch": 5,
         "plain_share": 0.3,
+        "decoder_share": 0.3,
     }
 
 
@@ -91,6 +92,100 @@ def test_fitted_codebooks_are_all_used_and_lower_the_error_level_by_level(
         float((rest.vq.decode(rest.vq.encode(target, n)) - target).square().mean()) for n in (1, 2)
     ]
     assert errors[1] < errors[0] < float(target.square().mean())
+
+
+def test_splitting_keeps_the_sum_and_gives_the_first_quantizer_the_largest_components(
+    script: Any, config: dict[str, Any]
+) -> None:
+    training = script("codec_training")
+    torch.manual_seed(0)
+    codec = loaders.get_mimi(None, config, num_codebooks=3).requires_grad_(False)
+    first, rest = training.quantizers(codec)
+    # of 16 channels, 10 are what two quantizers of 2 and 8 dimensions can pass on
+    mixed = torch.randn(16, 10) @ torch.randn(10, 8 * 64)
+    latents = mixed.view(16, 8, 64).transpose(0, 1)
+    readout = torch.randn(40, 16)
+
+    def parts() -> list[Tensor]:
+        return [one.output_proj(one.input_proj(latents)) for one in (first, rest)]
+
+    def heard(part: Tensor) -> Tensor:
+        return (readout @ part.transpose(0, 1).flatten(1)).T  # [N, 40]
+
+    before = sum(parts())
+    training.split_latents(codec, latents, readout)
+    after = parts()
+    torch.testing.assert_close(sum(after), before, atol=1e-3, rtol=1e-3)
+    spread = torch.linalg.svdvals(heard(sum(after)) - heard(sum(after)).mean(dim=0))
+    assert first.input_proj.weight[2:].eq(0).all()
+    scores = torch.cat([first.input_proj(latents)[:, :2], rest.input_proj(latents)], dim=1)
+    scores = scores.transpose(0, 1).flatten(1)
+    correlation = torch.corrcoef(scores)
+    torch.testing.assert_close(correlation, torch.eye(10), atol=1e-3, rtol=0)
+    deviation = scores.std(dim=1)
+    torch.testing.assert_close(
+        deviation / deviation[0], spread[:10] / spread[0], atol=1e-3, rtol=1e-3
+    )
+
+
+def test_the_first_quantizer_keeps_to_its_components_while_training(
+    script: Any, config: dict[str, Any]
+) -> None:
+    training = script("codec_training")
+    torch.manual_seed(0)
+    codec = loaders.get_mimi(None, config, num_codebooks=3)
+    latents = torch.randn(4, 16, 64)
+    training.split_latents(codec, latents, torch.randn(40, 16))
+    training.fit_codebooks(codec, latents, 32)
+    audio = tones(1)[None, None, : 12 * STEP_SAMPLES]
+    copied, latent, commitment = training.reconstruct(codec.train(), audio, quantise=True)
+    (copied.square().mean() + latent.square().mean() + commitment).backward()
+    first, rest = training.quantizers(codec)
+    assert first.input_proj.weight.grad[:2].abs().max() > 0
+    assert rest.input_proj.weight.grad.abs().amax(dim=(1, 2)).min() > 0
+    assert first.input_proj.weight.grad[2:].eq(0).all()
+    assert first.output_proj.weight.grad[:, 2:].eq(0).all()
+
+
+def test_the_encoder_rests_while_the_decoder_goes_on(
+    script: Any, config: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    module = script("codec_module")
+    seen: dict[Any, list[dict[str, Tensor]]] = {phase: [] for phase in module.Phase}
+    update = module.CodecTraining._update
+
+    class Watched(module.CodecTraining):  # type: ignore[misc]
+        def _update(self, audio: Tensor) -> Any:
+            values = update(self, audio)
+            seen[self._phase].append(
+                {name: p.detach().clone() for name, p in self.codec.named_parameters()}
+            )
+            return values
+
+    kept, held_out = speech_of(script, tones(20)).split(0.02, 22)
+    course = module.Recipe(updates=20, **recipe)
+    codec = script("train_codec").build(config, kept, 0)
+    watched = Watched(codec, config, kept, held_out, course, tmp_path)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(script("train_codec"), "CodecTraining", lambda *_: watched)
+        script("train_codec").train(
+            speech_of(script, tones(20)),
+            tmp_path,
+            course,
+            config=config,
+            device="cpu",
+            progress_bar=False,
+        )
+    assert [len(updates) for updates in seen.values()] == [6, 8, 6]
+    resting = {"encoder.", "encoder_transformer.", "downsample."}
+    for phase, updates in seen.items():
+        for name, last in updates[-1].items():
+            moved = not torch.equal(updates[0][name], last)
+            rests = phase is module.Phase.DECODER and (
+                name.startswith(tuple(resting)) or "input_proj" in name
+            )
+            zero = last.eq(0).all()
+            assert moved != rests or zero, f"{name} in {phase!r}"
 
 
 def test_scaling_drives_the_encoders_activations_harder_and_nothing_else(
@@ -167,6 +262,24 @@ def test_pieces_are_drawn_where_it_is_loud_but_also_from_silence(script: Any) ->
     silent = float((pieces.abs().amax(dim=(1, 2)) == 0).float().mean())
     assert 0.01 < silent < 0.15  # a floor of a tenth of the mean: 1 in 22
     assert float(pieces.max()) == 0.5
+
+
+def test_detuned_pieces_are_the_same_sound_at_another_pitch(script: Any) -> None:
+    torch.manual_seed(0)
+    hertz, rate = 1000.0, 24_000
+    time = torch.arange(200 * STEP_SAMPLES) / rate
+    speech = speech_of(script, 0.5 * torch.sin(2 * torch.pi * hertz * time.double()).float())
+    pieces = speech.pieces(64, 10, detune=0.2)
+    spectrum = torch.fft.rfft(pieces[:, 0] * torch.hann_window(10 * STEP_SAMPLES)).abs()
+    pitches = spectrum.argmax(dim=1) * rate / (10 * STEP_SAMPLES)
+    plain = (pitches - hertz).abs() < 2
+    assert 16 < int(plain.sum()) < 48
+    assert pitches.min() > hertz * 0.8
+    assert pitches.min() < hertz * 0.9 < 1.1 * hertz < pitches.max() < 1.25 * hertz
+    # nothing but the tone: what is left is 16 bit and the interpolation
+    tone = spectrum.square()
+    near = tone.unfold(1, 9, 1).sum(dim=2).amax(dim=1)
+    assert float((near / tone.sum(dim=1)).min()) > 1 - 1e-4
 
 
 def test_training_lowers_the_distance_and_resumes_and_writes_what_moshi_loads(
@@ -271,10 +384,10 @@ def test_replayed_training_with_a_change_of_phase_equals_an_eager_one(
     monkeypatch.setattr(module, "REPLACE_EVERY_UPDATES", 10)
     # 24 updates in each phase: every fourth is of long pieces, and the fourth of these is recorded;
     # an epoch ends, and is validated, every 5 updates
-    recipe |= {"plain_share": 0.5}
+    recipe |= {"plain_share": 1 / 3, "decoder_share": 1 / 3}
     speech = tones(20)
 
-    def train(name: str, updates: int = 48, *, resume: bool = False) -> Any:
+    def train(name: str, updates: int = 72, *, resume: bool = False) -> Any:
         return script("train_codec").train(
             speech_of(script, speech),
             tmp_path / name,
@@ -287,17 +400,18 @@ def test_replayed_training_with_a_change_of_phase_equals_an_eager_one(
         )
 
     replayed = train("replayed")
-    assert set(replayed._replayed._recordings) == {(1, False), (4, False), (1, True), (4, True)}
+    keys = {(stretch, phase) for stretch in (1, 4) for phase in module.Phase}
+    assert set(replayed._replayed._recordings) == keys
     monkeypatch.setattr(replay, "_WARM_UP_CALLS", 10**9)
     eager = train("eager")
     assert not eager._replayed._recordings
-    assert replayed._updates == eager._updates == 48
+    assert replayed._updates == eager._updates == 72
     for name in ("val/mel", "val/readout"):
         values = [float(m.trainer.callback_metrics[name]) for m in (replayed, eager)]
         # noise of 1e-4 on all weights moves these by 0.6 %, a learning rate that stands still by 4
         assert values[0] == pytest.approx(values[1], rel=0.02), name
     # what was resumed can be recorded again: its rate must not have stayed where it was read
-    resumed = train("eager", 52, resume=True)
+    resumed = train("eager", 76, resume=True)
     assert resumed._settings["lr"].is_cuda
 
 
