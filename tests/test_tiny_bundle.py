@@ -191,7 +191,7 @@ def test_every_recording_is_whole_and_uses_every_codebook(
 ) -> None:
     hours = sum(one.steps for one in bundled["train"]) * 0.08 / 3600
     assert hours > 1
-    assert len(bundled["heldout"]) == 8
+    assert len(bundled["heldout"]) == 14
     for one in bundled["train"] + bundled["heldout"]:
         assert one.steps * 0.08 > 180
         assert one.codes.min() >= 0
