@@ -56,3 +56,5 @@ $PYTHON scripts/measure_tiny.py --model "$BUILD/tiny" \
     --train "$BUILD/conversations/train/manifest.jsonl" \
     --heldout "$BUILD/conversations/heldout/manifest.jsonl" \
     --out "$BUILD/baseline" --runs "$BUILD/baseline/runs"
+$PYTHON scripts/measure_context.py "$BUILD/tiny" --out "$BUILD/baseline" \
+    --heldout "$BUILD/conversations/heldout/manifest.jsonl"
