@@ -120,8 +120,8 @@ def test_summary_nll_and_audio_are_what_was_run(
     assert summary["scalars"].keys() == scalars.keys()
     nll = json.loads((folder / "nll.json").read_text())
     assert nll["start_step"] == [0, 20, 40, 60]
-    # random codes cannot be guessed: about ln 512
-    assert all(abs(value - np.log(512)) < 1 for value in nll["other_codebooks"])
+    # random codes cannot be guessed: ln 512, and more for a model that is sure of something else
+    assert all(np.log(512) - 0.2 < value < 3 * np.log(512) for value in nll["other_codebooks"])
     audio, rate = soundfile.read(folder / "audio" / "stream_00.wav")
     assert rate == 24_000
     assert audio.shape == ((STEPS - 1) * 1920, 2)
