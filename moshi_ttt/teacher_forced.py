@@ -55,14 +55,15 @@ def read_teacher_forced(
         codes = recording.codes[None, :, :wanted].to(lm.device)
         output = lm(codes)
         recall.update(lm, output, codes, recording.probes)
-        nll.update(lm, _first_steps(output, steps), codes[..., :steps])
+        nll.update(lm, cut(output, slice(steps)), codes[..., :steps])
     return TeacherForced(nll.record(), recall_record(recall))
 
 
-def _first_steps(output: LMOutput, steps: int) -> LMOutput:
+def cut(output: LMOutput, steps: slice) -> LMOutput:
+    """Some positions of what a forward gave."""
     return LMOutput(
-        output.logits[:, :, :steps],
-        output.mask[:, :, :steps],
-        output.text_logits[:, :, :steps],
-        output.text_mask[:, :, :steps],
+        output.logits[:, :, steps],
+        output.mask[:, :, steps],
+        output.text_logits[:, :, steps],
+        output.text_mask[:, :, steps],
     )

@@ -185,7 +185,7 @@ class CodecTraining(LightningModule):
         stretch = 4 if self._updates % 4 == 3 else 1
         audio = self._pieces(stretch)
         self._updates += 1
-        if self._phase is not Phase.PLAIN and self._updates % REPLACE_EVERY_UPDATES == 0:
+        if self._quantise and self._updates % REPLACE_EVERY_UPDATES == 0:
             for codebook in codebooks(self.codec):
                 codebook._next_unused_check = 1
             values = self._replayed.plainly(audio)
@@ -201,6 +201,10 @@ class CodecTraining(LightningModule):
             self.log("train/lr", self._settings["lr"])
             self.log("mel", values["mel"], prog_bar=True, logger=False)
             self.log("done", progress, prog_bar=True, logger=False)
+
+    @property
+    def _quantise(self) -> bool:
+        return self._phase is not Phase.PLAIN
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -223,7 +227,7 @@ class CodecTraining(LightningModule):
             copied, latent, commitment = reconstruct(
                 self.codec,
                 audio,
-                quantise=self._phase is not Phase.PLAIN,
+                quantise=self._quantise,
                 bypass_rate=recipe.bypass_rate if self._phase is Phase.QUANTISED else 0.0,
             )
         # what balances begins at a leaf: each gradient is weighed before they are sent on together
@@ -305,8 +309,7 @@ class CodecTraining(LightningModule):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(batch_idx)
             audio = self._held_out.pieces(self.recipe.rows, self.recipe.piece_steps)
-        quantise = codebooks(codec)[0].initialized
-        copied, latent, _commitment = reconstruct(codec, audio, quantise=quantise)
+        copied, latent, _commitment = reconstruct(codec, audio, quantise=self._quantise)
         with torch.autocast(self.device.type, enabled=False):
             mel, linear = spectral_distances(copied, audio)
             envelope = envelope_distance(copied, audio)

@@ -18,6 +18,11 @@ from moshi_ttt.errors import UserError
 _SILENCE_FLOOR = 0.1  # chance of a silent piece, relative to one of mean loudness
 
 
+def span_steps(steps: int, detune: float) -> int:
+    """Steps of the track that a piece of `steps` may reach over, played as fast as it may be."""
+    return math.ceil(steps * math.exp(detune)) + 1
+
+
 class Speech:
     """All recordings as one mono track, cut into pieces on the device that it lies on.
 
@@ -49,7 +54,7 @@ class Speech:
             steps: length of each.
             detune: half of them are played faster or slower by up to this natural logarithm.
         """
-        span = math.ceil(steps * math.exp(detune)) + 1
+        span = span_steps(steps, detune)
         loudness = self._power_before[span:] - self._power_before[:-span]
         loudness = (loudness.clamp(min=0) / span).sqrt().float()[:-1]
         weights = loudness + _SILENCE_FLOOR * loudness.mean() + 1e-9

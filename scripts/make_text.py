@@ -117,14 +117,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    options = parser.parse_args()
-    run_program(
-        partial(
-            main,
-            options.manifest,
-            hours=options.hours,
-            model=options.model,
-            seed=options.seed,
-            workers=options.workers,
-        )
-    )
+    run_program(partial(main, **vars(parser.parse_args())))

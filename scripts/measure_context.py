@@ -13,87 +13,53 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from operator import methodcaller
 from pathlib import Path
 
 import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
 
 import torch
 from matplotlib.figure import Figure
-from moshi.models.lm import LMModel, LMOutput
-from tqdm import tqdm
+from measure_tiny import clips, nll_by_position
+from moshi.models.lm import LMModel
+from torch import Tensor
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.loading import ASSETS, ModelSource, open_source
-from moshi_ttt.metrics import STREAMS, PositionNLL
+from moshi_ttt.loading import ModelSource, bundled_held_out, open_source
+from moshi_ttt.metrics import STREAMS
 from moshi_ttt.model import load_trained
 from moshi_ttt.report import png
 from moshi_ttt.report.style import legend_below, run_colors, styled
-from moshi_ttt.trace import write_atomic, write_json
+from moshi_ttt.trace import write_bytes, write_json
 
-HELDOUT = ASSETS / "conversations" / "heldout" / "manifest.jsonl"
 CONTEXT_SEC = (1, 5, 10, 15, 20, 25, 30, 60, 100)  # behind none, every model is surprised
 TARGET_SEC = 5.0
 SPACING_SEC = 40.0  # between two stretches of a recording
-BATCH = 4
 
 
-@torch.no_grad()
-def nll_behind(
-    lm: LMModel, recordings: Sequence[EncodedRecording], starts: Sequence[int], clock: Clock
-) -> dict[str, list[float]]:
-    """Loss of the stretches behind each of `CONTEXT_SEC`.
+def stretches(recordings: Sequence[EncodedRecording], clock: Clock) -> list[Tensor]:
+    """What is measured, each behind the longest context, [17, steps]."""
+    steps = clock.steps(max(CONTEXT_SEC)) + clock.steps(TARGET_SEC)
+    return clips(recordings, steps, clock.steps(SPACING_SEC))
 
-    Args:
-        lm: in eval mode.
-        recordings: where the stretches are.
-        starts: first step of each stretch, of the recording of the same index.
-        clock: of the codec.
+
+def nll_behind(lm: LMModel, pieces: Sequence[Tensor], clock: Clock) -> dict[str, list[float]]:
+    """Loss of the ends of `stretches` behind each of `CONTEXT_SEC`.
 
     Returns:
         Nats a token by stream of `PositionNLL`, one value a context.
     """
     found: dict[str, list[float]] = {stream: [] for stream in STREAMS}
     counted = clock.steps(TARGET_SEC)
-    for context_sec in tqdm(CONTEXT_SEC, desc="contexts"):
-        context_steps = clock.steps(context_sec)
-        pieces = [
-            one.codes[:, start - context_steps : start + counted]
-            for one, start in zip(recordings, starts, strict=True)
-        ]
-        metric = PositionNLL(counted, 1).to(lm.device)
-        for first in range(0, len(pieces), BATCH):
-            codes = torch.stack(pieces[first : first + BATCH]).to(lm.device)
-            metric.update(lm, _last(lm(codes), counted), codes[..., -counted:])
-        for stream, values in found.items():
-            values += metric.record()[stream]
-    return found
-
-
-def _last(output: LMOutput, steps: int) -> LMOutput:
-    return LMOutput(
-        output.logits[:, :, -steps:],
-        output.mask[:, :, -steps:],
-        output.text_logits[:, :, -steps:],
-        output.text_mask[:, :, -steps:],
-    )
-
-
-def stretches(
-    recordings: Sequence[EncodedRecording], clock: Clock
-) -> tuple[list[EncodedRecording], list[int]]:
-    """Recording and first step of every stretch that has the longest context before it."""
-    furthest = clock.steps(max(CONTEXT_SEC))
-    found = [
-        (one, start)
-        for one in recordings
-        for start in range(
-            furthest, one.steps - clock.steps(TARGET_SEC) + 1, clock.steps(SPACING_SEC)
+    for context_sec in CONTEXT_SEC:
+        read = clock.steps(context_sec) + counted
+        record = nll_by_position(
+            lm, [piece[:, -read:] for piece in pieces], counted, read - counted
         )
-    ]
-    return [one for one, _ in found], [start for _, start in found]
+        for stream, values in found.items():
+            values += record[stream]
+    return found
 
 
 @styled
@@ -146,7 +112,7 @@ def main() -> None:
     """Measure every model and write the numbers and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", help="model sources, or checkpoints")
-    parser.add_argument("--heldout", type=Path, default=HELDOUT, help="manifest of what is read")
+    parser.add_argument("--heldout", type=Path, help="manifest; default: the bundled one")
     parser.add_argument("--out", type=Path, default=Path("runs/context"), help="folder to write")
     parser.add_argument("--cache-dir", type=Path, default=Path(".cache/codes"))
     arguments = parser.parse_args()
@@ -155,15 +121,14 @@ def main() -> None:
     marks_sec: dict[str, float] = {}
     for name in arguments.models:
         lm, source, trained_steps = open_model(name, device)
-        recordings, starts = stretches(
-            read_recordings(source, arguments.heldout, arguments.cache_dir), source.clock
-        )
-        if not starts:
+        heldout = arguments.heldout or bundled_held_out(source)
+        pieces = stretches(read_recordings(source, heldout, arguments.cache_dir), source.clock)
+        if not pieces:
             raise UserError(
-                f"no recording of {arguments.heldout} lasts "
+                f"no recording of {heldout} lasts "
                 f"{max(CONTEXT_SEC) + TARGET_SEC:g} s; give longer ones with --heldout"
             )
-        curves[name] = nll_behind(lm, recordings, starts, source.clock)
+        curves[name] = nll_behind(lm, pieces, source.clock)
         if lm.context is not None:
             marks_sec["C"] = source.clock.seconds(lm.context)
         if trained_steps is not None:
@@ -172,10 +137,10 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(
         arguments.out / "context.json",
-        {"context_sec": CONTEXT_SEC, "stretches": len(starts), "nll": curves},
+        {"context_sec": CONTEXT_SEC, "stretches": len(pieces), "nll": curves},
     )
-    figure = context_figure(curves, marks_sec, len(starts))
-    write_atomic(arguments.out / "context.png", methodcaller("write", png(figure)))
+    figure = context_figure(curves, marks_sec, len(pieces))
+    write_bytes(arguments.out / "context.png", png(figure))
     print(f"{arguments.out / 'context.json'}, {arguments.out / 'context.png'}")
 
 

@@ -6,15 +6,13 @@
 
 Held-out loss of each stream beside what a unigram and a copying model lose; loss against position
 on stretches that start anywhere behind the greeting of a conversation, which is easier than the
-rest; input norms while talking freely and while reading; recall of probes
-against their gap.
+rest; input norms while talking freely and while reading; recall of probes against their gap.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,8 @@ from moshi_ttt.report import png, recall_figure
 from moshi_ttt.report.evaluation import Evaluation
 from moshi_ttt.report.figures import nll_figure, norm_figure
 from moshi_ttt.report.recall import gap_positions
-from moshi_ttt.teacher_forced import read_teacher_forced
-from moshi_ttt.trace import write_atomic, write_json
+from moshi_ttt.teacher_forced import cut, read_teacher_forced
+from moshi_ttt.trace import write_bytes, write_json
 
 CONVERSATIONS = ASSETS / "conversations"
 CLIP_SEC = 15.0  # what the LM was trained on
@@ -58,13 +56,16 @@ def clips(
 
 
 @torch.no_grad()
-def nll_by_position(lm: LMModel, pieces: Sequence[Tensor], window_steps: int) -> dict[str, Any]:
-    """Teacher-forced NLL of pieces [17, T], as `PositionNLL.record` gives it."""
+def nll_by_position(
+    lm: LMModel, pieces: Sequence[Tensor], window_steps: int, skip_steps: int = 0
+) -> dict[str, Any]:
+    """Teacher-forced NLL of pieces [17, T] behind `skip_steps`, as `PositionNLL.record` has it."""
     steps = pieces[0].shape[-1]
-    metric = PositionNLL(window_steps, -(-steps // window_steps)).to(lm.device)
+    metric = PositionNLL(window_steps, -(-(steps - skip_steps) // window_steps)).to(lm.device)
     for first in tqdm(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
         codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
-        metric.update(lm, lm(codes), codes)
+        counted = slice(skip_steps, None)
+        metric.update(lm, cut(lm(codes), counted), codes[..., counted])
     return metric.record()
 
 
@@ -133,7 +134,7 @@ def write_figures(out: Path, by_position: dict[str, Any], free: Path, forced: Pa
     if recall is not None:
         figures["recall"] = recall_figure({"held out": recall}, [gap_positions(trace)])
     for name, figure in figures.items():
-        write_atomic(out / f"{name}.png", methodcaller("write", png(figure)))
+        write_bytes(out / f"{name}.png", png(figure))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether
 
 import torch
 from codec_module import LOG_EVERY_UPDATES, CodecTraining, Recipe
-from codec_speech import Speech
+from codec_speech import Speech, span_steps
 from codec_training import CARD, CODEC_CONFIG, codebooks, scale_convolutions, usage_bits
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -79,9 +79,7 @@ def train(
     if recipe.rows % 4:
         raise UserError(f"--rows {recipe.rows} is not a multiple of 4; use e.g. 24")
     seed_everything(recipe.seed, verbose=False)
-    kept, held_out = speech.split(
-        0.02, math.ceil(4 * recipe.piece_steps * math.exp(recipe.detune)) + 3
-    )
+    kept, held_out = speech.split(0.02, span_steps(4 * recipe.piece_steps, recipe.detune) + 2)
     codec = build(config, kept, recipe.seed)
     module = CodecTraining(codec, config, kept, held_out, recipe, out)
     if compiled:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,13 @@ def recipe(script: Any) -> dict[str, Any]:
         "plain_share": 0.3,
         "decoder_share": 0.3,
     }
+
+
+@pytest.fixture
+def train_on_cpu(script: Any, config: dict[str, Any]) -> Callable[..., Any]:
+    """`train_codec.train` of the small codec."""
+    train = script("train_codec").train
+    return partial(train, config=config, device="cpu", progress_bar=False)
 
 
 def speech_of(script: Any, audio: Tensor) -> Any:
@@ -148,34 +157,24 @@ def test_the_first_quantizer_keeps_to_its_components_while_training(
 
 
 def test_the_encoder_rests_while_the_decoder_goes_on(
-    script: Any, config: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
+    script: Any,
+    train_on_cpu: Callable[..., Any],
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = script("codec_module")
     seen: dict[Any, list[dict[str, Tensor]]] = {phase: [] for phase in module.Phase}
     update = module.CodecTraining._update
 
-    class Watched(module.CodecTraining):  # type: ignore[misc]
-        def _update(self, audio: Tensor) -> Any:
-            values = update(self, audio)
-            seen[self._phase].append(
-                {name: p.detach().clone() for name, p in self.codec.named_parameters()}
-            )
-            return values
+    def watched(self: Any, audio: Tensor) -> Any:
+        values = update(self, audio)
+        weights = {name: p.detach().clone() for name, p in self.codec.named_parameters()}
+        seen[self._phase].append(weights)
+        return values
 
-    kept, held_out = speech_of(script, tones(20)).split(0.02, 22)
-    course = module.Recipe(updates=20, **recipe)
-    codec = script("train_codec").build(config, kept, 0)
-    watched = Watched(codec, config, kept, held_out, course, tmp_path)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(script("train_codec"), "CodecTraining", lambda *_: watched)
-        script("train_codec").train(
-            speech_of(script, tones(20)),
-            tmp_path,
-            course,
-            config=config,
-            device="cpu",
-            progress_bar=False,
-        )
+    monkeypatch.setattr(module.CodecTraining, "_update", watched)
+    train_on_cpu(speech_of(script, tones(20)), tmp_path, module.Recipe(updates=20, **recipe))
     assert [len(updates) for updates in seen.values()] == [6, 8, 6]
     resting = {"encoder.", "encoder_transformer.", "downsample."}
     for phase, updates in seen.items():
@@ -283,12 +282,15 @@ def test_detuned_pieces_are_the_same_sound_at_another_pitch(script: Any) -> None
 
 
 def test_training_lowers_the_distance_and_resumes_and_writes_what_moshi_loads(
-    script: Any, config: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
+    script: Any,
+    config: dict[str, Any],
+    train_on_cpu: Callable[..., Any],
+    recipe: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     train_codec, training = script("train_codec"), script("codec_training")
     losses, course = script("codec_losses"), script("codec_module").Recipe
     speech = speech_of(script, tones(20))
-    settings: dict[str, Any] = {"config": config, "device": "cpu", "progress_bar": False}
     recipe = recipe | {"peak_lr": 3e-3}
 
     def distance(codec: MimiModel) -> float:
@@ -300,18 +302,12 @@ def test_training_lowers_the_distance_and_resumes_and_writes_what_moshi_loads(
 
     fresh = train_codec.build(config, speech, 0)
     training.fit_codebooks(fresh, torch.randn(4, 16, 64), 32)
-    half = train_codec.train(speech, tmp_path, course(updates=12, **recipe), **settings)
+    half = train_on_cpu(speech, tmp_path, course(updates=12, **recipe))
     assert half._updates == 12
     assert distance(half.averaged()) < distance(fresh)
     with pytest.raises(UserError, match="--resume"):
-        train_codec.train(speech, tmp_path, course(updates=24, **recipe), **settings)
-    whole = train_codec.train(
-        speech,
-        tmp_path,
-        course(updates=24, **recipe),
-        **settings,
-        resume=True,
-    )
+        train_on_cpu(speech, tmp_path, course(updates=24, **recipe))
+    whole = train_on_cpu(speech, tmp_path, course(updates=24, **recipe), resume=True)
     assert whole._updates == 24
     kept = whole.averaged()
     assert distance(kept) < distance(half.averaged())
@@ -327,7 +323,7 @@ def test_training_lowers_the_distance_and_resumes_and_writes_what_moshi_loads(
 
 def test_a_training_that_is_cut_off_can_be_resumed_from_its_last_epoch(
     script: Any,
-    config: dict[str, Any],
+    train_on_cpu: Callable[..., Any],
     recipe: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -345,16 +341,15 @@ def test_a_training_that_is_cut_off_can_be_resumed_from_its_last_epoch(
         done.append(audio.shape)
         return update(self, audio)
 
-    settings: dict[str, Any] = {"config": config, "device": "cpu", "progress_bar": False}
     speech, course = speech_of(script, tones(20)), module.Recipe(updates=8, **recipe)
     with monkeypatch.context() as patched:
         patched.setattr(module.CodecTraining, "_update", cut_off)
         with pytest.raises(CutOffError):
-            script("train_codec").train(speech, tmp_path, course, **settings)
+            train_on_cpu(speech, tmp_path, course)
     kept = torch.load(tmp_path / "last.ckpt", weights_only=False)
     assert kept["course"]["updates"] == recipe["updates_per_epoch"]
     assert (tmp_path / "mimi.safetensors").is_file()
-    resumed = script("train_codec").train(speech, tmp_path, course, resume=True, **settings)
+    resumed = train_on_cpu(speech, tmp_path, course, resume=True)
     assert resumed._updates == 8
 
 
@@ -416,15 +411,13 @@ def test_replayed_training_with_a_change_of_phase_equals_an_eager_one(
 
 
 def test_resuming_nothing_and_too_little_speech_are_refused(
-    script: Any, config: dict[str, Any], recipe: dict[str, Any], tmp_path: Path
+    script: Any, train_on_cpu: Callable[..., Any], recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    train_codec = script("train_codec")
     course = script("codec_module").Recipe(updates=2, **recipe)
-    settings: dict[str, Any] = {"config": config, "device": "cpu", "progress_bar": False}
     with pytest.raises(UserError, match=r"last\.ckpt does not exist"):
-        train_codec.train(speech_of(script, tones(20)), tmp_path, course, resume=True, **settings)
+        train_on_cpu(speech_of(script, tones(20)), tmp_path, course, resume=True)
     with pytest.raises(UserError, match="add recordings"):
-        train_codec.train(speech_of(script, tones(1)), tmp_path, course, **settings)
+        train_on_cpu(speech_of(script, tones(1)), tmp_path, course)
 
 
 def test_phrases_are_cut_at_pauses_of_one_speaker_only(script: Any) -> None:
