@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.tensorboard import log_evaluation
 from moshi_ttt.errors import UserError
-from moshi_ttt.longrun import LongRunConfig, evaluate
+from moshi_ttt.evaluation.evaluate import LongRunConfig, evaluate
 from moshi_ttt.report import write_report
 
 

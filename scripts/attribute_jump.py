@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from attribution_page import write_page
 from jsonargparse import ArgumentParser, set_parsing_settings
 from moshi.models.lm import LMModel
 from tqdm import tqdm
 
-from moshi_ttt.attribution import (
+from moshi_ttt.attribution.evidence import Cell, Condition, Evidence
+from moshi_ttt.attribution.matrix import (
     MatrixConfig,
     Streams,
     conditions,
@@ -36,16 +36,16 @@ from moshi_ttt.attribution import (
     streams_from,
     weights_fingerprint,
 )
+from moshi_ttt.attribution.verdict import Verdict, judge
 from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.hybrid import hybrid_layers
-from moshi_ttt.hypotheses import Cell, Condition, Evidence
-from moshi_ttt.loading import ModelSource, bundled_held_out, open_source
-from moshi_ttt.longrun import choose_prompts, silence_codes
-from moshi_ttt.model import Dtype, load_trained
-from moshi_ttt.sinks import AttentionControls
-from moshi_ttt.trace import write_json
-from moshi_ttt.verdict import Verdict, judge
+from moshi_ttt.evaluation.evaluate import choose_prompts, silence_codes
+from moshi_ttt.instruments.trace import write_json
+from moshi_ttt.model.build import Dtype, load_trained
+from moshi_ttt.model.hybrid import hybrid_layers
+from moshi_ttt.model.sinks import AttentionControls
+from moshi_ttt.model.source import ModelSource, bundled_held_out, open_source
+from moshi_ttt.report.attribution import write_page
 
 PROBE_STEPS = 40  # generated to measure the speed before the cost is printed
 QUICK_PROMPT_SEC = 2.0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moshi_ttt.data import CodesFormat, ManifestCheck, check_manifest
 from moshi_ttt.errors import UserError
-from moshi_ttt.loading import open_source
+from moshi_ttt.model.source import open_source
 
 
 def main(args: list[str] | None = None) -> int:

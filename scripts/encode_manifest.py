@@ -30,8 +30,8 @@ from moshi_ttt.data import (
 )
 from moshi_ttt.data.codes_file import CODES_SUFFIX, read_codes, write_codes, written_from
 from moshi_ttt.errors import UserError
-from moshi_ttt.loading import ModelSource, open_source
-from moshi_ttt.trace import write_bytes
+from moshi_ttt.instruments.trace import write_bytes
+from moshi_ttt.model.source import ModelSource, open_source
 
 BATCH_SEC = 3600.0  # encoded with one load of the codec, then written
 

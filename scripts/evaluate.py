@@ -18,9 +18,9 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from moshi_ttt.data import read_recordings
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.loading import bundled_held_out, open_source
-from moshi_ttt.longrun import LongRunConfig, evaluate
-from moshi_ttt.model import Dtype, load_trained
+from moshi_ttt.evaluation.evaluate import LongRunConfig, evaluate
+from moshi_ttt.model.build import Dtype, load_trained
+from moshi_ttt.model.source import bundled_held_out, open_source
 from moshi_ttt.report import compare_report, write_report
 
 

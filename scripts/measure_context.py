@@ -26,12 +26,12 @@ from torch import Tensor
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.loading import ModelSource, bundled_held_out, open_source
-from moshi_ttt.metrics import STREAMS
-from moshi_ttt.model import load_trained
+from moshi_ttt.instruments.trace import write_bytes, write_json
+from moshi_ttt.model.build import load_trained
+from moshi_ttt.model.source import ModelSource, bundled_held_out, open_source
 from moshi_ttt.report import png
 from moshi_ttt.report.style import legend_below, run_colors, styled
-from moshi_ttt.trace import write_bytes, write_json
+from moshi_ttt.teacher_forcing.nll import STREAMS
 
 CONTEXT_SEC = (1, 5, 10, 15, 20, 25, 30, 60, 100)  # behind none, every model is surprised
 TARGET_SEC = 5.0

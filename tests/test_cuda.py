@@ -10,11 +10,11 @@ import torch
 from moshi.models.lm import LMModel
 from moshi.utils.compile import no_cuda_graph
 
-from moshi_ttt.attention_mass import AttentionProbe
-from moshi_ttt.generation import borrowed, generate
-from moshi_ttt.hybrid import add_memory, hybrid_layers
+from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.instruments.attention_mass import AttentionProbe
+from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
-from moshi_ttt.recorder import Recorder
+from moshi_ttt.model.hybrid import add_memory, hybrid_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MakeLM = Callable[..., LMModel]

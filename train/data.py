@@ -18,7 +18,7 @@ from moshi_ttt.data import (
     read_manifest,
 )
 from moshi_ttt.errors import UserError
-from moshi_ttt.loading import ASSETS, ModelSource, open_source
+from moshi_ttt.model.source import ASSETS, ModelSource, open_source
 
 DURATION_RANGE_SEC = (15.0, 120.0)
 SHOWN_WARNINGS = 10

@@ -13,14 +13,21 @@ from moshi.models.lm import LMModel
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from moshi_ttt.adapters import LoraConfig
 from moshi_ttt.errors import UserError
-from moshi_ttt.hybrid import observe_branches
-from moshi_ttt.loading import ModelSource, open_source
-from moshi_ttt.losses import LossConfig, lm_losses, magnitude_penalty
 from moshi_ttt.memory import MemoryConfig
-from moshi_ttt.metrics import PositionNLL
-from moshi_ttt.model import Dtype, ModelConfig, Trained, build_lm, check_fits, trainable_groups
+from moshi_ttt.model.build import (
+    Dtype,
+    ModelConfig,
+    Trained,
+    build_lm,
+    check_fits,
+    trainable_groups,
+)
+from moshi_ttt.model.hybrid import observe_branches
+from moshi_ttt.model.lora import LoraConfig
+from moshi_ttt.model.source import ModelSource, open_source
+from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty
+from moshi_ttt.teacher_forcing.nll import PositionNLL
 
 # the output gate starts at zero and shields the memory behind it until its first update
 GRADIENT_CHECK_STEPS = 3

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moshi_ttt.data.text import ZERO_TOKEN
 from moshi_ttt.errors import UserError
-from moshi_ttt.loading import ModelSource
-from moshi_ttt.trace import write_atomic
+from moshi_ttt.instruments.trace import write_atomic
+from moshi_ttt.model.source import ModelSource
 
 CODES_SUFFIX = ".npz"
 LARGEST_CODE = 2047  # Mimi's codebooks have 2048 entries, smaller codecs fewer

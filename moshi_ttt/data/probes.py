@@ -1,7 +1,8 @@
 """Memory probes: facts that one side plants, asks for later, and hears from the other side.
 
-They stand in the JSON beside a recording, under `probes`; scripts/make_conversations.py writes
-them. What a model is asked for are the tokens of the answer, so a probe is kept as their steps.
+They stand in the JSON beside a recording, under `probes`; scripts/bundle/make_conversations.py
+writes them. What a model is asked for are the tokens of the answer, so a probe is kept as their
+steps.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from moshi_ttt.data.manifest import ManifestEntry, check_manifest, raise_togethe
 from moshi_ttt.data.probes import Probe, read_probes
 from moshi_ttt.data.text import TextStream, Tokenizer, text_stream
 from moshi_ttt.errors import UserError
-from moshi_ttt.loading import ModelSource
+from moshi_ttt.model.source import ModelSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.signal import spectrogram
 
-from moshi_ttt.jumps import SETTLE_STEPS, Jump
+from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump
+from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.inside import inside_figures
 from moshi_ttt.report.recall import Recall, gap_positions, recall_figure
 from moshi_ttt.report.style import (
@@ -39,7 +40,6 @@ from moshi_ttt.report.style import (
     styled,
     title,
 )
-from moshi_ttt.trace import Trace
 
 Nll = Mapping[str, Any]
 """Content of `nll.json`: `window_steps`, and the lists `start_step`, `text`, `first_codebook`,

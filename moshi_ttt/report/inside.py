@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from moshi_ttt.jumps import SETTLE_STEPS
-from moshi_ttt.quality import running_text
+from moshi_ttt.diagnosis.jumps import SETTLE_STEPS
+from moshi_ttt.diagnosis.quality import running_text
+from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.style import (
     COLORS,
     depth_bar,
@@ -21,7 +22,6 @@ from moshi_ttt.report.style import (
     styled,
     title,
 )
-from moshi_ttt.trace import Trace
 
 PACE_SEC = 10.0  # window of the running text measures
 

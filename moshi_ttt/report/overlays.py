@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moshi_ttt.jumps import SETTLE_STEPS
+from moshi_ttt.diagnosis.jumps import SETTLE_STEPS
+from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.figures import Nll, nll_figure
 from moshi_ttt.report.recall import Recall, gap_positions, recall_figure
 from moshi_ttt.report.style import (
@@ -20,7 +21,6 @@ from moshi_ttt.report.style import (
     run_colors,
     styled,
 )
-from moshi_ttt.trace import Trace
 
 
 def comparison_figures(

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.jumps import ratios_at, spans
+from moshi_ttt.diagnosis.jumps import ratios_at, spans
+from moshi_ttt.evaluation.reading import Evaluation, find_evaluations, unique_labels
+from moshi_ttt.instruments.trace import Trace, write_bytes
 from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section
-from moshi_ttt.report.evaluation import Evaluation, find_evaluations, unique_labels
 from moshi_ttt.report.figures import evaluation_figures, png
 from moshi_ttt.report.overlays import comparison_figures
 from moshi_ttt.report.recall import recall_finding
@@ -30,7 +31,6 @@ from moshi_ttt.report.text import (
     WHY,
     findings,
 )
-from moshi_ttt.trace import Trace, write_bytes
 
 PLAYED_CLIPS = 2
 

@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter
 
+from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.style import MARK_COLOR, fit_height, legend_below, run_colors, styled
-from moshi_ttt.trace import Trace
 
 Recall = Mapping[str, Sequence[float]]
-"""Content of `probes.json`: `moshi_ttt.recall.recall_record` says what is in it."""
+"""Content of `probes.json`: `moshi_ttt.teacher_forcing.recall.recall_record` says what is in it."""
 
 BANDED_CURVES = 4  # intervals of more runs than this hide each other
 

@@ -16,8 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from scipy.ndimage import median_filter
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.jumps import Jump
-from moshi_ttt.trace import Trace
+from moshi_ttt.diagnosis.jumps import Jump
+from moshi_ttt.instruments.trace import Trace
 
 SMOOTH_STEPS = 13  # rolling median of about one second; far shorter than a jump finder's window
 MAX_CURVES = 8  # more runs than this cannot be told apart in one panel

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.jumps import spans
+from moshi_ttt.diagnosis.jumps import spans
 from moshi_ttt.report import html
 
 

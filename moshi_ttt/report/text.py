@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moshi_ttt.jumps import Jump, ratios_at
-from moshi_ttt.trace import Trace
+from moshi_ttt.diagnosis.jumps import Jump, ratios_at
+from moshi_ttt.instruments.trace import Trace
 
 NEAR_STEPS = 50  # a jump within one window of a position may belong to it
 NOTICEABLE = 0.05  # relative change of a norm that is worth a word

@@ -1,0 +1,1 @@
+"""Why a generation changes: controlled experiments, evidence and verdict."""

@@ -1,0 +1,374 @@
+"""What controlled generations say about a change of the norm: arrays in, evidence out.
+
+Conditions differ in one thing at a time and share prompts and seeds, so streams are compared in
+pairs; intervals come from resampling prompts and streams. `attribution.verdict` turns the
+evidence into a decision for each hypothesis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from moshi_ttt.attribution.changepoint import (
+    GAP_STEPS,
+    UNKNOWN,
+    WINDOW_STEPS,
+    Interval,
+    contrasts,
+    growth,
+    held_out,
+    onset,
+    peaks,
+    resampled_weights,
+)
+
+SETTLE_STEPS = 8  # the first steps of a run, and those after a prompt, are of another kind
+MIN_LOG_RATIO = float(np.log(1.1))  # a smaller change of the norm is not called one
+MIN_STREAMS = 4
+FIRST_PLACE_STEPS = SETTLE_STEPS + WINDOW_STEPS + GAP_STEPS  # after the prompt; first place seen
+
+Regime = Literal["free", "forced", "silent"]
+Presence = Literal["present", "absent", "unclear"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """One cell of the matrix: what is held, and what is changed."""
+
+    context_steps: int
+    """Attention window and ring capacity C."""
+    sinks: int = 0
+    """First positions that are never evicted."""
+    start_position: int = 0
+    """Position of the first step."""
+    regime: Regime = "free"
+    """Moshi runs free; everything is forced from a recording; Moshi is free, the user silent."""
+    gates_shut: bool = False
+    """The memory runs and adds nothing."""
+    model: str = ""
+    """Which model, where there are several."""
+    trained_steps: int | None = None
+    """Clip length that the model was trained on."""
+    has_memory: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short and unique, fit for a file name."""
+        parts = [self.model or "model", f"C{self.context_steps}"]
+        if self.sinks:
+            parts.append(f"sinks{self.sinks}")
+        if self.start_position:
+            parts.append(f"start{self.start_position}")
+        if self.regime != "free":
+            parts.append(self.regime)
+        if self.gates_shut:
+            parts.append("gate0")
+        return "_".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One batch of generations under one condition."""
+
+    condition: Condition
+    log_norm: np.ndarray  # [S, L, T] logarithm of each layer's input norm
+    prompts: np.ndarray  # [S] prompt of each stream
+    prompt_steps: int
+    """Steps forced at the start; what happens up to there is left out."""
+    nll: np.ndarray | None = None  # [S, 2, T] nats, text and first codebook; NaN without a token
+
+    @property
+    def first_step(self) -> int:
+        """First step that is looked at."""
+        return self.prompt_steps + SETTLE_STEPS
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where the norm rises in the reference runs of one capacity."""
+
+    context_steps: int
+    presence: Presence
+    log_ratio: Interval
+    """Rise at the place that the other prompts' streams point to."""
+    step: Interval
+    """Place of the largest rise; meaningful where one is present."""
+
+
+class Evidence:
+    """Everything the verdict needs, computed from the cells when it is asked for.
+
+    Args:
+        cells: plain runs of at least one capacity, and whatever interventions were made; equal
+            streams in all of them. The first plain run tells what the user does in the others.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no reference cell, or cells with different streams.
+    """
+
+    def __init__(self, cells: Sequence[Cell], seed: int = 0) -> None:
+        self._cells = {cell.condition: cell for cell in cells}
+        first = next((c.condition for c in cells if _is_plain(c.condition)), None)
+        if first is None:
+            raise ValueError("no reference cell: a free run without any intervention")
+        self.model = first.model
+        self.regime: Regime = first.regime
+        self.prompts = self._cells[first].prompts
+        if any(not np.array_equal(cell.prompts, self.prompts) for cell in cells):
+            raise ValueError("the cells do not hold the same streams")
+        self.weights = resampled_weights(self.prompts, seed=seed)
+        self.references: dict[int, Condition] = {
+            condition.context_steps: condition
+            for condition in sorted(self._cells, key=lambda one: one.context_steps)
+            if self._is_reference(condition) and condition.model == self.model
+        }
+        self.layer = self._most_changed_layer()
+
+    def _is_reference(self, one: Condition) -> bool:
+        return _is_plain(one) and one.regime == self.regime
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """All conditions, in the order given."""
+        return list(self._cells)
+
+    def where(self, of: Callable[[Condition], bool]) -> list[Condition]:
+        """Conditions of the first model that differ from a reference as `of` says."""
+        return [one for one in self._cells if one.model == self.model and of(one)]
+
+    def curve(self, condition: Condition) -> np.ndarray:
+        """Log norm of the examined layer after the prompt, [S, T']."""
+        return self._curve(condition, self.layer)
+
+    def _curve(self, condition: Condition, layer: int) -> np.ndarray:
+        cell = self._cells[condition]
+        return np.asarray(cell.log_norm[:, layer, cell.first_step :], dtype=float)
+
+    def first_step(self, condition: Condition) -> int:
+        """Step of the first point of `curve`."""
+        return self._cells[condition].first_step
+
+    def contrast(self, condition: Condition, gap_steps: int = 0) -> np.ndarray:
+        """Local rise at every step of the run, [S, T]; NaN where it cannot be told."""
+        inside = contrasts(self.curve(condition), gap_steps=gap_steps)
+        before = np.full((len(inside), self._cells[condition].first_step), np.nan)
+        return np.concatenate([before, inside], axis=1)
+
+    def interval(self, per_stream: np.ndarray) -> Interval:
+        """Mean over streams, [S]."""
+        if len(per_stream) < MIN_STREAMS or not np.isfinite(per_stream).all():
+            return UNKNOWN
+        return self._interval(float(per_stream.mean()), self.weights @ per_stream)
+
+    def _interval(self, value: float, replicates: np.ndarray) -> Interval:
+        return Interval.of(value, replicates, len(self.prompts))
+
+    def share(self, part: np.ndarray, whole: np.ndarray) -> Interval:
+        """Mean of `part` over mean of `whole`, both [S]; unknown unless `whole` is above 0."""
+        base = self.interval(whole)
+        if not (base.known and base.low > 0 and np.isfinite(part).all()):
+            return UNKNOWN
+        return self._interval(
+            float(part.mean() / whole.mean()), (self.weights @ part) / (self.weights @ whole)
+        )
+
+    def rise_at(self, condition: Condition, step: float) -> np.ndarray:
+        """Rise of each stream at a given step, [S]; up to `GAP_STEPS` away counts in full."""
+        contrast = self.contrast(condition, GAP_STEPS)
+        at = round(step)
+        if not 0 <= at < contrast.shape[1]:
+            return np.full(len(contrast), np.nan)
+        return np.asarray(contrast[:, at])
+
+    @cached_property
+    def locations(self) -> list[Location]:
+        """One for each capacity of the reference, in order of capacity."""
+        found = []
+        for capacity, condition in self.references.items():
+            contrast = self.contrast(condition)
+            if not np.isfinite(contrast).any() or len(contrast) < MIN_STREAMS:
+                found.append(Location(capacity, "unclear", UNKNOWN, UNKNOWN))
+                continue
+            rise = self.interval(self._held_out(condition))
+            step = self._interval(float(peaks(contrast.mean(axis=0))), self._steps(condition))
+            found.append(Location(capacity, presence(rise), rise, step))
+        return found
+
+    def _held_out(self, condition: Condition) -> np.ndarray:
+        """Rise of each stream where those of the other prompts rise most, [S]."""
+        return held_out(self.contrast(condition), self.prompts)
+
+    def _steps(self, condition: Condition) -> np.ndarray:
+        """Place of the largest rise in each resample, [B]."""
+        contrast = self.contrast(condition)
+        valid = np.isfinite(contrast).all(axis=0)
+        places = np.flatnonzero(valid)
+        return places[np.argmax(self.weights @ contrast[:, valid], axis=1)].astype(float)
+
+    @cached_property
+    def slope(self) -> Interval:
+        """Steps that the rise moves for each step of capacity; needs three capacities."""
+        risen = [one for one in self.locations if one.presence == "present"]
+        if len(risen) < 3 or len(risen) < len(self.locations):
+            return UNKNOWN
+        capacities = np.array([one.context_steps for one in risen], dtype=float)
+        steps = np.stack([self._steps(self.references[one.context_steps]) for one in risen])
+        return self._interval(
+            _slope(capacities, np.array([one.step.value for one in risen])[:, None])[0],
+            _slope(capacities, steps),
+        )
+
+    @cached_property
+    def growth(self) -> Interval:
+        """Log norm late in the run less early in it, over all reference runs."""
+        rises = [growth(self.curve(one)) for one in self.references.values()]
+        return self.interval(np.mean(rises, axis=0))
+
+    @cached_property
+    def located(self) -> list[Location]:
+        """Capacities at which the rise has a place."""
+        return [one for one in self.locations if one.presence == "present"]
+
+    @property
+    def change(self) -> Literal["step", "growth", "none", "unclear"]:
+        """A rise at one place, a slow one, neither, or not to be told."""
+        if 2 * len(self.located) > len(self.locations):
+            return "step"
+        slow = presence(self.growth)
+        if slow == "present":
+            return "growth"
+        # over all capacities: each alone has a third of the streams
+        rises = [self._held_out(one) for one in self.references.values()]
+        sudden = presence(self.interval(np.mean(rises, axis=0)))
+        return "none" if not self.located and sudden == slow == "absent" else "unclear"
+
+    def size(self, condition: Condition) -> np.ndarray:
+        """The change of each stream under a condition, [S].
+
+        At the place where the reference of that capacity rises if it rises at a place, else
+        late over early.
+        """
+        if self.change == "step":
+            places = {one.context_steps: one.step.value for one in self.located}
+            if condition.context_steps not in places:
+                return np.full(len(self.prompts), np.nan)
+            return self.rise_at(condition, places[condition.context_steps])
+        return growth(self.curve(condition))
+
+    def remaining(self, conditions: Sequence[Condition]) -> Interval:
+        """Share of the reference's change that is left under these conditions, paired."""
+        pairs = []
+        for one in conditions:
+            if one.context_steps in self.references:
+                pair = self.size(one), self.size(self.references[one.context_steps])
+                if all(np.isfinite(values).all() for values in pair):
+                    pairs.append(pair)
+        if not pairs:
+            return UNKNOWN
+        part, whole = np.mean(pairs, axis=0)
+        return self.share(part, whole)
+
+    def added_growth(self, condition: Condition) -> tuple[int, Interval]:
+        """Late over early log norm, less that of the plain run of the same capacity.
+
+        In the layer where that is most, and which layer it is: an intervention may act elsewhere.
+        """
+        reference = self.references[condition.context_steps]
+        layers = range(self._cells[reference].log_norm.shape[1])
+        added = [
+            growth(self._curve(condition, layer)) - growth(self._curve(reference, layer))
+            for layer in layers
+        ]
+        layer = int(np.argmax([one.mean() for one in added]))
+        return layer, self.interval(added[layer])
+
+    def trained_slope(self) -> tuple[Interval, list[int]]:
+        """Steps that the change moves for each step of training length, and the lengths."""
+        runs = {
+            one.trained_steps: one
+            for one in self._cells
+            if self._is_reference(one)
+            and one.trained_steps is not None
+            and one.context_steps == next(reversed(self.references))
+        }
+        lengths = sorted(runs)
+        if len(lengths) < 2:
+            return UNKNOWN, lengths
+        replicates = []
+        values = []
+        for length in lengths:
+            curve = self.curve(runs[length])
+            first = self._cells[runs[length]].first_step
+            rise = presence(self.interval(self._held_out(runs[length])))
+            if rise == "present":
+                values.append(float(peaks(self.contrast(runs[length]).mean(axis=0))))
+                replicates.append(self._steps(runs[length]))
+            elif presence(self.interval(growth(curve))) == "present":
+                values.append(float(onset(curve.mean(axis=0, keepdims=True))[0]) + first)
+                replicates.append(onset(self.weights @ curve) + first)
+            else:
+                return UNKNOWN, lengths
+        at = np.array(lengths, dtype=float)
+        return self._interval(
+            _slope(at, np.array(values)[:, None])[0], _slope(at, np.stack(replicates))
+        ), lengths
+
+    @property
+    def passes_trained_length(self) -> bool:
+        """Whether a reference run goes on for two windows after the length it was trained on."""
+        return any(
+            one.trained_steps is not None
+            and self._cells[one].log_norm.shape[-1] >= one.trained_steps + 2 * WINDOW_STEPS
+            for one in self.references.values()
+        )
+
+    def nll_rise(self, condition: Condition) -> tuple[Interval, Interval] | None:
+        """Late less early NLL of text and first codebook, in nats; None where not measured."""
+        cell = self._cells[condition]
+        if cell.nll is None:
+            return None
+        after = cell.nll[..., cell.first_step :]
+        window = after.shape[-1] // 3
+        with np.errstate(invalid="ignore"):
+            late = np.nanmean(after[..., -window:], axis=-1)
+            rise = late - np.nanmean(after[..., :window], axis=-1)
+        return self.interval(rise[:, 0]), self.interval(rise[:, 1])
+
+    def _most_changed_layer(self) -> int:
+        """The layer whose mean rise over the reference runs is largest, at a place or slowly."""
+        layers = self._cells[next(iter(self.references.values()))].log_norm.shape[1]
+        rises = np.zeros(layers)
+        for layer in range(layers):
+            curves = [self._curve(one, layer).mean(axis=0) for one in self.references.values()]
+            steepest = [np.nanmax(contrasts(one), initial=-np.inf) for one in curves]
+            rises[layer] = max(np.mean(steepest), np.mean([growth(one) for one in curves]))
+        return int(np.argmax(rises))
+
+
+def presence(log_ratio: Interval) -> Presence:
+    """Whether a rise of the norm is there, is not, or cannot be told."""
+    if not log_ratio.known:
+        return "unclear"
+    # searched for in several layers and at several capacities: 95 % would be too easily passed
+    certain = log_ratio.value - 1.5 * (log_ratio.value - log_ratio.low) > 0
+    if certain and log_ratio.low > MIN_LOG_RATIO / 2 and log_ratio.value >= MIN_LOG_RATIO:
+        return "present"
+    return "absent" if log_ratio.high < MIN_LOG_RATIO else "unclear"
+
+
+def _is_plain(one: Condition) -> bool:
+    """Whether Moshi runs free and nothing is changed; the user may be either."""
+    plain = replace(one, sinks=0, start_position=0, gates_shut=False)
+    return one == plain and one.regime != "forced"
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Least-squares slope of y [N, B] on x [N], [B]."""
+    centred = x - x.mean()
+    return np.asarray(centred @ (y - y.mean(axis=0)) / (centred @ centred))

@@ -1,0 +1,1 @@
+"""Where a generation changes, and whether it can be heard."""

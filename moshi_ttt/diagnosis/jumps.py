@@ -1,0 +1,278 @@
+"""Find lasting rises of the layers' input norm in a long generation, and say where they lie.
+
+`rises` searches layer by layer; rises of several layers at one place are one jump, which must
+be larger than streams that are shifted against each other show by chance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moshi_ttt.clock import Clock
+from moshi_ttt.diagnosis.rises import LayerRise, layer_rises, p_value, place_interval
+from moshi_ttt.errors import UserError
+from moshi_ttt.instruments.trace import CacheSnapshot, Event, Trace
+
+SETTLE_STEPS = 8  # attention parks on position 0; norms of the first steps are of another kind
+MAX_P_VALUE = 0.01  # of a rise that the streams share; a single stream has no such test
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """A lasting rise of the input norm, at one position of one or more layers."""
+
+    step: int
+    """Position, the median over the layers that rise."""
+    ratio: float
+    """Norm after over norm before, the median over the layers that rise."""
+    score: float
+    """Rise in units of the layer's usual window-to-window variation, largest over layers."""
+    agreement: float
+    """Fraction of streams that rise, mean over the layers that rise."""
+    layers: tuple[int, ...]
+    """Layers that rise within one window of each other, in order of depth."""
+    layer_ratios: tuple[float, ...]
+    """Norm after over norm before, for each of `layers`."""
+    nearest: str | None
+    """Nearest structural position; several names where they coincide; None if there is none."""
+    distance_steps: int | None
+    """Steps from `nearest` to the jump; positive: the jump comes later."""
+    p_value: float = math.nan
+    """Share of runs with shifted streams that rise as much somewhere; NaN for a single stream."""
+    first_step: int = -1
+    """Start of the 95 % interval of `step`; -1 in records from before it was measured."""
+    last_step: int = -1
+    """End of that interval."""
+
+    @property
+    def first_layer(self) -> int:
+        """Shallowest layer that rises; a layer passes a rise of its input on to those above."""
+        return self.layers[0]
+
+    def event(self) -> Event:
+        """This jump as a line for `events.jsonl`."""
+        detail = dataclasses.asdict(self) | {"first_layer": self.first_layer}
+        if math.isnan(self.p_value):
+            detail["p_value"] = None  # JSON has no NaN
+        return Event("jump", detail.pop("step"), detail)
+
+    def record(self, clock: Clock) -> dict[str, Any]:
+        """The event's record, with the position in all three clocks; `from_record` reads it."""
+        return self.event().record(clock)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Jump:
+        """The jump of a record in `summary.json` or `events.jsonl`; extra keys are ignored."""
+        fields = [field.name for field in dataclasses.fields(cls) if field.name in record]
+        values = {name: record[name] for name in fields}
+        if values.get("p_value", 0.0) is None:
+            del values["p_value"]
+        for name in ("layers", "layer_ratios"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    def describe(self, clock: Clock) -> str:
+        """One sentence, e.g. for a log: position, size, layers and what lies nearest."""
+        depth = spans(self.layers)
+        place = ""
+        if self.nearest is not None and self.distance_steps is not None:
+            side = "after" if self.distance_steps >= 0 else "before"
+            place = f", {abs(self.distance_steps)} steps {side} {self.nearest}"
+        return (
+            f"input norm x{self.ratio:.2f} at {clock.describe(self.step)}{place}; "
+            f"layer{'s' if len(self.layers) > 1 else ''} {depth}"
+        )
+
+
+def find_jumps(
+    trace: Trace, *, window_steps: int = 50, min_ratio: float = 1.15, min_score: float = 3.5
+) -> list[Jump]:
+    """Lasting rises of the input norm, in order of position.
+
+    A position can be judged only with one window before it and two after it, so nothing is
+    found in the last `2 * window_steps`, nor in a run shorter than four windows; a burst that
+    outlives the recording looks lasting.
+
+    Args:
+        trace: what to search; streams whose norms are not all finite and positive are left out.
+        window_steps: length of the windows compared; 50 steps = 4 s.
+        min_ratio: smallest rise reported, beyond the layer's steady growth.
+        min_score: smallest rise in units of the layer's usual window-to-window variation.
+
+    Raises:
+        UserError: a window too short for a median, or a ratio or score that would accept falls.
+    """
+    for name, value, least in (
+        ("window_steps", window_steps, 5),
+        ("min_ratio", min_ratio, 1.01),
+        ("min_score", min_score, 0.0),
+    ):
+        if value < least:
+            raise UserError(f"{name}={value} is below {least}; give {least} or more")
+    rises, levels = [], {}
+    for layer in range(trace.input_norm.shape[1]):
+        norm = trace.input_norm[:, layer, SETTLE_STEPS:].astype(np.float64)
+        usable = norm[(np.isfinite(norm) & (norm > 0)).all(axis=-1)]
+        if len(usable):
+            levels[layer] = np.log(usable)
+            rises += layer_rises(
+                layer,
+                levels[layer],
+                window=window_steps,
+                least=math.log(min_ratio),
+                min_score=min_score,
+            )
+    jumps = []
+    for group in _groups(rises, window_steps):
+        jump = _jump(group, levels, window_steps, trace.critical_steps())
+        if not jump.p_value > MAX_P_VALUE:  # NaN passes
+            jumps.append(jump)
+    return sorted(jumps, key=lambda jump: jump.step)
+
+
+def _groups(rises: Sequence[LayerRise], window: int) -> list[list[LayerRise]]:
+    """Rises of different layers within one window of the clearest of them, in order of depth."""
+    groups = []
+    left = sorted(rises, key=lambda rise: -rise.score)
+    while left:
+        clearest = left[0].step
+        near = [rise for rise in left if abs(rise.step - clearest) <= window]
+        left = [rise for rise in left if abs(rise.step - clearest) > window]
+        by_layer = {rise.layer: rise for rise in reversed(near)}  # a layer's clearest rise wins
+        groups.append([by_layer[layer] for layer in sorted(by_layer)])
+    return groups
+
+
+def _jump(
+    group: Sequence[LayerRise],
+    levels: dict[int, np.ndarray],
+    window: int,
+    critical: dict[str, int],
+) -> Jump:
+    """One jump of the layers in `group`; `levels` are their log norms without the first steps."""
+    generator = np.random.default_rng(0)
+    clearest = max(group, key=lambda rise: rise.score)
+    level = levels[clearest.layer]
+    inside = int(np.median([rise.step for rise in group]))
+    # the clearest layer places the jump as well as any; it tells how well
+    first, last = place_interval(level, clearest.step, window, generator)
+    step = inside + SETTLE_STEPS
+    ratios = tuple(float(np.exp(rise.log_ratio)) for rise in group)
+    nearest = min(critical.values(), key=lambda at: abs(at - step), default=None)
+    return Jump(
+        step=step,
+        ratio=float(np.median(ratios)),
+        score=max(rise.score for rise in group),
+        agreement=float(np.mean([rise.agreement for rise in group])),
+        layers=tuple(rise.layer for rise in group),
+        layer_ratios=ratios,
+        nearest=" = ".join(name for name, at in critical.items() if at == nearest) or None,
+        distance_steps=None if nearest is None else step - nearest,
+        p_value=p_value(level, clearest.step, window, generator),
+        first_step=min(inside, first) + SETTLE_STEPS,
+        last_step=max(inside, last) + SETTLE_STEPS,
+    )
+
+
+def spans(layers: Sequence[int]) -> str:
+    """`0-3, 7` for (0, 1, 2, 3, 7)."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in runs)
+
+
+def ratios_at(trace: Trace, step: int, *, window_steps: int = 50) -> np.ndarray:
+    """Norm after `step` over norm before it for every layer, [L]; medians over streams.
+
+    NaN where the run does not hold a whole window on both sides.
+    """
+    start, stop = step - window_steps, step + window_steps
+    if start < SETTLE_STEPS or stop > trace.steps:
+        return np.full(trace.input_norm.shape[1], math.nan)
+    before = np.median(trace.input_norm[..., start:step], axis=-1)  # [S, L]
+    after = np.median(trace.input_norm[..., step:stop], axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = after / before
+    return np.array([_median(layer) for layer in ratios.T])
+
+
+def position_summary(
+    trace: Trace, jumps: Sequence[Jump], *, window_steps: int = 50
+) -> dict[str, float]:
+    """Flat TensorBoard scalars of one generation; medians over streams, NaN where undefined."""
+    nan = math.nan
+    scalars: dict[str, float] = {}
+    # a run that is forced throughout has no part of its own; all of it is looked at
+    prompt_steps = trace.prompt_steps if trace.prompt_steps < trace.steps else 0
+    first = max(prompt_steps, SETTLE_STEPS)
+
+    def level(series: np.ndarray, start: int) -> float:
+        """Median over streams of the median of one window; series [S, T]."""
+        if start < 0 or start + window_steps > series.shape[-1]:
+            return nan
+        return _median(np.median(series[:, start : start + window_steps], axis=-1))
+
+    end = trace.steps - window_steps
+    for layer in range(trace.input_norm.shape[1]):
+        norm = trace.input_norm[:, layer]
+        tag = f"longgen/input_norm/layer_{layer:02d}"
+        scalars[f"{tag}/start"] = level(norm, first)
+        scalars[f"{tag}/end"] = level(norm, end)
+        scalars[f"{tag}/growth"] = scalars[f"{tag}/end"] / scalars[f"{tag}/start"]
+    for name, turns in (("C", 1), ("2C", 2)):
+        ratios = ratios_at(trace, turns * trace.context_steps, window_steps=window_steps)
+        for layer, ratio in enumerate(ratios):
+            scalars[f"longgen/ratio_at_{name}/layer_{layer:02d}"] = float(ratio)
+
+    scalars["longgen/jump/count"] = float(len(jumps))
+    largest = max(jumps, key=lambda jump: jump.ratio, default=None)
+    step = nan if largest is None else float(largest.step)
+    scalars["longgen/jump/step"] = step
+    scalars["longgen/jump/seconds"] = trace.clock.seconds(step)
+    scalars["longgen/jump/legacy_token"] = (
+        step if largest is None else float(trace.clock.legacy_tokens(step))
+    )
+    scalars["longgen/jump/ratio"] = step if largest is None else largest.ratio
+    if largest is not None:
+        for layer, ratio in zip(largest.layers, largest.layer_ratios, strict=True):
+            scalars[f"longgen/jump/ratio/layer_{layer:02d}"] = ratio
+
+    for index, layer in enumerate(trace.hybrid_layers):
+        for name, array in (
+            ("branch_ratio", trace.branch_ratio),
+            ("raw_norm", trace.branch_raw_norm),
+            ("gate", trace.gate),
+        ):
+            # the part that the model generates by itself
+            scalars[f"memory/{name}/layer_{layer:02d}"] = _median(array[:, index, first:])
+        scalars[f"memory/inner_updates/layer_{layer:02d}"] = _median(
+            trace.inner_updates[:, index, -1]
+        )
+    for name, entropy in (("text", trace.text_entropy), ("audio", trace.audio_entropy)):
+        scalars[f"longgen/entropy/{name}/start"] = level(entropy, first)
+        scalars[f"longgen/entropy/{name}/end"] = level(entropy, end)
+
+    written = trace.ring_end_offset[..., -1]
+    written = written[np.isfinite(written)]
+    ring = (
+        CacheSnapshot("temporal", int(written.max()), trace.context_steps) if written.size else None
+    )
+    scalars["cache/evicted_steps"] = nan if ring is None else float(ring.evicted_steps)
+    scalars["cache/wraps"] = nan if ring is None else float(ring.wraps)
+    return scalars
+
+
+def _median(values: np.ndarray) -> float:
+    """Median of the finite values; NaN if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else math.nan

@@ -1,0 +1,182 @@
+"""Is a jump audible? Measures of text and sound before and after each critical position.
+
+Writes nothing and reads no file: `longrun` gives it a finished trace and a codec, and stores
+what comes back as `quality.json` and short sound files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+from moshi.models.compression import MimiModel
+
+from moshi_ttt.diagnosis.jumps import Jump
+from moshi_ttt.diagnosis.quality import (
+    around,
+    audio_measures,
+    codes_measures,
+    measure_around,
+    nll_measures,
+    text_measures,
+)
+from moshi_ttt.instruments.trace import Trace
+
+LEAD_SEC = 2.0  # decoded before a window and dropped, so that the codec has settled
+PIECE_STARTS_WORD = "\u2581"  # sentencepiece's mark of a blank
+
+
+def word_starts(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """Whether each text token starts a word, [vocabulary]."""
+    pieces = (tokenizer.id_to_piece(token) for token in range(tokenizer.get_piece_size()))
+    return np.array([piece.startswith(PIECE_STARTS_WORD) for piece in pieces])
+
+
+def decode(codec: MimiModel, codes: np.ndarray, lead_steps: int = 0) -> np.ndarray:
+    """Sound of `codes` [N, Q, n], [N, samples] within -1..1, without its first `lead_steps`."""
+    device = next(codec.parameters()).device
+    with torch.no_grad():
+        audio = codec.decode(torch.from_numpy(codes).to(device))[:, 0]
+    samples_per_step = audio.shape[-1] // codes.shape[-1]
+    sound: np.ndarray = audio[:, lead_steps * samples_per_step :].clamp(-1, 1).float().cpu().numpy()
+    return sound
+
+
+def listening_positions(trace: Trace, jumps: Sequence[Jump]) -> dict[int, list[str]]:
+    """Names by step, in order: structural positions after the prompt; `jump`, `jump 2` ..."""
+    positions: dict[int, list[str]] = {}
+    for name, step in trace.critical_steps().items():
+        if step > _free_from(trace):
+            positions.setdefault(step, []).append(name)
+    for number, step in enumerate(sorted({jump.step for jump in jumps}), 1):
+        positions.setdefault(step, []).append("jump" if number == 1 else f"jump {number}")
+    return dict(sorted(positions.items()))
+
+
+def listen(
+    trace: Trace,
+    jumps: Sequence[Jump],
+    nll: Mapping[str, Any],
+    *,
+    window_steps: int,
+    starts_word: np.ndarray,
+    cardinality: int,
+    codec: MimiModel | None,
+) -> dict[str, Any]:
+    """Content of `quality.json`.
+
+    Args:
+        trace: of the generation.
+        jumps: found in it.
+        nll: content of `nll.json`.
+        window_steps: length of the windows before and after a position.
+        starts_word: what `word_starts` says of the tokenizer.
+        cardinality: entries of a codebook.
+        codec: turns the codes into sound; None if they have none.
+
+    Returns:
+        `window_steps`, `window_sec`; `audible`, whether there was a codec; `whole`, means over
+        streams of the text and code measures of all that came after the prompt; `positions`, each
+        with `names`, `step`, `seconds`, `legacy_token`, the windows `before` and `after` ([first,
+        stop) in steps) and `measures` by name, as `quality.compare` gives them.
+    """
+    clock, (streams, steps) = trace.clock, trace.text_tokens.shape
+
+    def tokens_and_codes(stream: int, first: int, stop: int) -> dict[str, float]:
+        text = text_measures(
+            trace.text_tokens[stream, first:stop],
+            trace.text_padding_ids,
+            starts_word=starts_word,
+            step_sec=clock.step_sec,
+        )
+        return text | codes_measures(trace.codes[stream, :, first:stop], cardinality)
+
+    positions = []
+    for step, names in listening_positions(trace, jumps).items():
+        windows = around(step, window_steps, first=_free_from(trace), stop=steps)
+        if windows is None:
+            continue
+        measures = measure_around(windows, streams, tokens_and_codes)
+        if codec is not None:
+            measures |= _audio_around(trace, codec, windows)
+        # the loss is one value over all recordings, so it has no streams to pair
+        measures |= measure_around(
+            windows, 1, lambda _, first, stop: nll_measures(nll, first, stop)
+        )
+        positions.append(
+            {
+                "names": names,
+                "step": step,
+                "seconds": clock.seconds(step),
+                "legacy_token": clock.legacy_tokens(step),
+                "before": windows[0],
+                "after": windows[1],
+                "measures": measures,
+            }
+        )
+    whole = [tokens_and_codes(stream, _free_from(trace), steps) for stream in range(streams)]
+    return {
+        "window_steps": window_steps,
+        "window_sec": clock.seconds(window_steps),
+        "audible": codec is not None,
+        "whole": {name: float(np.mean([one[name] for one in whole])) for name in whole[0]},
+        "positions": positions,
+    }
+
+
+def _audio_around(
+    trace: Trace, codec: MimiModel, windows: tuple[tuple[int, int], tuple[int, int]]
+) -> dict[str, dict[str, float]]:
+    """Audio measures of all streams; both windows come from one stretch of sound."""
+    clock, (first, stop) = trace.clock, (windows[0][0], windows[1][1])
+    lead_steps = min(first, clock.steps(LEAD_SEC))
+    sound = decode(codec, trace.codes[:, :, first - lead_steps : stop], lead_steps)
+
+    def measure(stream: int, begin: int, end: int) -> dict[str, float]:
+        cut = slice(
+            (begin - first) * clock.samples_per_step, (end - first) * clock.samples_per_step
+        )
+        return audio_measures(sound[stream, cut], clock.sample_rate)
+
+    return measure_around(windows, len(sound), measure)
+
+
+def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars of `quality.json` by TensorBoard tag."""
+    scalars = {f"longgen/quality/{name}/whole": value for name, value in quality["whole"].items()}
+    for position in quality["positions"]:
+        for name, measure in position["measures"].items():
+            for place in map(_tag, position["names"]):
+                scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
+    return scalars
+
+
+def cut_outs(quality: Mapping[str, Any], wav: np.ndarray, samples_per_step: int) -> dict[str, Any]:
+    """Sound around each position, by the first of its names.
+
+    Args:
+        quality: what `listen` returned.
+        wav: a whole stream, [samples, channels].
+        samples_per_step: of the clock.
+
+    Returns:
+        Name, e.g. `2C` or `legacy_token_6000`, to [samples, channels].
+    """
+    return {
+        _tag(position["names"][0]): wav[
+            position["before"][0] * samples_per_step : position["after"][1] * samples_per_step
+        ]
+        for position in quality["positions"]
+    }
+
+
+def _free_from(trace: Trace) -> int:
+    """First step after the prompt; 0 if all of the run was forced."""
+    return trace.prompt_steps if trace.prompt_steps < trace.text_tokens.shape[1] else 0
+
+
+def _tag(name: str) -> str:
+    return name.replace(" ", "_")

@@ -1,0 +1,1 @@
+"""The model talking: prompts, users, and the loop over `LMGen`."""

@@ -1,0 +1,1 @@
+"""What is seen of a generation while it runs, and the records it leaves."""

@@ -1,0 +1,216 @@
+"""The event stream of a generation, from which the text log, the JSONL and the tables are made.
+
+The same functions read a finished `Trace` and a block of a generation that is still running, so
+that the console shows what the files will hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moshi_ttt.clock import LEGACY_TOKENS_PER_STEP, Clock
+from moshi_ttt.instruments.trace import CacheSnapshot, Event, Trace, plain, write_bytes
+
+NOTED = (6000, 6001, 6100)
+"""Positions that the research notes name; each is read both as a step and as a legacy token."""
+PER_LAYER = ("input_norm", "attention_norm", "ffn_norm", "input_max", "input_max_channel")
+PER_MEMORY = ("branch_ratio", "branch_norm", "fast_weight_norm", "write_gate", "forgetting")
+PER_STEP = ("text_entropy", "audio_entropy")
+Values = Mapping[str, Any]
+"""Arrays by the names of `Trace`, [S, rows, steps] and [S, steps]; `step_ms` [steps]."""
+
+
+def critical_positions(
+    context_steps: int, steps: int, *, prompt_steps: int = 0, trained_steps: int | None = None
+) -> dict[int, list[str]]:
+    """Steps of a run that are looked at whatever happens, in order, with their names.
+
+    Args:
+        context_steps: capacity C of the temporal rings.
+        steps: length of the run.
+        prompt_steps: forced steps at its start; 0 for none.
+        trained_steps: clip length of the training; None if unknown.
+    """
+    named = [(f"C{offset:+d}" if offset else "C", context_steps + offset) for offset in (-1, 0, 1)]
+    offsets = (-1, 0, 1, *range(10, 101, 10))
+    named += [
+        (f"2C{offset:+d}" if offset else "2C", 2 * context_steps + offset) for offset in offsets
+    ]
+    if prompt_steps:
+        named.append(("prompt end", prompt_steps))
+    if trained_steps is not None:
+        named.append(("trained length", trained_steps))
+    named += [(f"step {number}", number) for number in NOTED]
+    named += [(f"legacy token {number}", number // LEGACY_TOKENS_PER_STEP) for number in NOTED]
+    positions: dict[int, list[str]] = defaultdict(list)
+    for name, step in sorted(named, key=lambda item: item[1]):
+        if 0 < step < steps:
+            positions[step].append(name)
+    return dict(positions)
+
+
+def cache_events(rings: Sequence[CacheSnapshot], clock: Clock) -> list[Event]:
+    """`cache_created` at step 0, one for the rings that are alike.
+
+    A depformer's ring lives within one step and has no length in time.
+    """
+    groups: dict[tuple[Any, ...], list[CacheSnapshot]] = defaultdict(list)
+    for ring in rings:
+        key = (ring.role, ring.capacity, ring.heads, ring.head_dim, ring.sinks)
+        groups[key].append(ring)
+    events = []
+    for alike in groups.values():
+        ring = alike[0]
+        steps = None if ring.role == "depformer" else ring.capacity / ring.positions_per_step
+        detail = {
+            "role": ring.role,
+            "capacity_steps": ring.capacity if steps is None else steps,
+            "capacity_sec": None if steps is None else clock.seconds(steps),
+            "capacity_legacy_tokens": None if steps is None else clock.legacy_tokens(steps),
+            "sinks": ring.sinks,
+            "rings": len(alike),
+            "heads": ring.heads,
+            "head_dim": ring.head_dim,
+            "size_bytes": sum(one.size_bytes for one in alike),
+            "modules": [one.module for one in alike],
+        }
+        events.append(Event("cache_created", 0, detail))
+    return events
+
+
+def turn_events(
+    end_offset: np.ndarray, rings: Sequence[CacheSnapshot], clock: Clock, *, first_step: int = 0
+) -> list[Event]:
+    """First eviction and turns of the temporal rings within a block of steps.
+
+    Args:
+        end_offset: steps written to each layer's ring after each step of the block, [L, n].
+        rings: the L temporal rings, for their names, capacity and sinks.
+        clock: of the run.
+        first_step: step of the block's first column.
+
+    Returns:
+        One event for all rings that turned at the same step.
+    """
+    moved: dict[tuple[int, int], list[str]] = defaultdict(list)
+    lost: dict[int, int] = {}
+    for row, ring in enumerate(rings):
+        evicted = end_offset[row].astype(np.int64) - ring.sinks - ring.capacity
+        # the write that starts a turn is the first one past a multiple of the capacity
+        begins = (evicted > 0) & ((evicted - 1) % ring.capacity == 0)
+        for column, count in zip(np.flatnonzero(begins), evicted[begins].tolist(), strict=True):
+            turn = (count - 1) // ring.capacity + 1
+            moved[first_step + int(column), turn].append(ring.module)
+            lost[turn] = count
+    events = []
+    for (step, turn), modules in sorted(moved.items()):
+        if turn == 1:
+            lost_step = rings[0].sinks
+            events.append(
+                Event("first_eviction", step, {"modules": modules, "lost_step": lost_step})
+            )
+        detail = {
+            "turn": turn,
+            "lost_steps": lost[turn],
+            "lost_sec": clock.seconds(lost[turn]),
+            "lost_legacy_tokens": clock.legacy_tokens(lost[turn]),
+            "modules": modules,
+        }
+        events.append(Event("ring_turn", step, detail))
+    return events
+
+
+def position_event(
+    kind: str,
+    step: int,
+    values: Values,
+    *,
+    at: int,
+    ring: CacheSnapshot,
+    names: Sequence[str] = (),
+) -> Event:
+    """What was measured at one step: medians over streams, the largest over layers.
+
+    Args:
+        kind: `critical_position` or `progress`.
+        step: which step.
+        values: a trace's or a block's arrays.
+        at: index of the step in `values`.
+        ring: a temporal ring, for its capacity and sinks.
+        names: of the position.
+    """
+    layers = {
+        name: _over_streams(values[name][..., at])
+        for name in (*PER_LAYER, *PER_MEMORY)
+        if values[name].size
+    }
+    norms = layers["input_norm"]
+    detail: dict[str, Any] = {"names": list(names)} if names else {}
+    detail["norm_median"] = _middle(norms)
+    if np.isfinite(norms).any():
+        detail["norm_max"] = float(np.nanmax(norms))
+        detail["norm_max_layer"] = int(np.nanargmax(norms))
+    largest = layers["input_max"]
+    if np.isfinite(largest).any():
+        layer = int(np.nanargmax(largest))
+        detail["channel_max"] = float(largest[layer])
+        detail["channel_max_layer"] = layer
+        detail["channel_max_channel"] = int(layers["input_max_channel"][layer])
+    detail |= {name: _middle(layers[name]) for name in PER_MEMORY if name in layers}
+    detail |= {name: _middle(values[name][:, at]) for name in PER_STEP}
+    detail["step_ms"] = float(values["step_ms"][at])
+    ring = dataclasses.replace(ring, end_offset=int(values["ring_end_offset"][0, 0, at]))
+    detail |= {"lost_steps": ring.evicted_steps, "turn": ring.wraps}
+    detail["layers"] = {name: value.tolist() for name, value in layers.items()}
+    return Event(kind, step, detail)
+
+
+def generation_events(trace: Trace) -> list[Event]:
+    """Creation and turns of the rings and every critical position, in order of position."""
+    temporal = [ring for ring in trace.rings if ring.role == "temporal"]
+    values = {
+        name: getattr(trace, name)
+        for name in (*PER_LAYER, *PER_MEMORY, *PER_STEP, "step_ms", "ring_end_offset")
+    }
+    positions = critical_positions(
+        trace.context_steps,
+        trace.steps,
+        prompt_steps=trace.prompt_steps,
+        trained_steps=trace.trained_steps,
+    )
+    events = cache_events(trace.rings, trace.clock)
+    # every stream runs in step with the first one
+    events += turn_events(trace.ring_end_offset[0], temporal, trace.clock)
+    events += [
+        position_event("critical_position", step, values, at=step, ring=temporal[0], names=names)
+        for step, names in positions.items()
+    ]
+    return sorted(events, key=lambda event: event.step)
+
+
+def write_events(path: Path, events: Iterable[Event], clock: Clock) -> None:
+    """Write `events.jsonl`, one event a line; what is undefined is null."""
+    lines = [json.dumps(plain(event.record(clock)), allow_nan=False) for event in events]
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
+
+
+def _over_streams(values: np.ndarray) -> np.ndarray:
+    """Median over streams, [rows]; NaN where nothing was measured."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN
+        median: np.ndarray = np.nanmedian(values.astype(np.float64), axis=0)
+    return median
+
+
+def _middle(values: np.ndarray) -> float | None:
+    """Median of what was measured; None if nothing was."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else None

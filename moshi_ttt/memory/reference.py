@@ -1,0 +1,97 @@
+"""The memory rules again, slowly and obviously: one row, one head, one step at a time, in fp64.
+
+Nothing here is shared with `moshi_ttt.memory` but the parameters and the names in the state; the
+gradients of the inner loss come from autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moshi_ttt.memory import MemoryRule, MemoryState
+from moshi_ttt.memory.gated_delta import GatedDelta
+from moshi_ttt.memory.ttt import TTTMLP, MiniBatchRule
+
+
+def reference(rule: MemoryRule, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    """What `rule(x, state)` should return."""
+    run: Any = _delta_row if isinstance(rule, GatedDelta) else _ttt_row
+    rows = [
+        run(rule, x[i], {name: tensor[i] for name, tensor in state.items()})
+        for i in range(x.shape[0])
+    ]
+    after = {name: torch.stack([row[1][name] for row in rows]) for name in state}
+    return torch.stack([row[0] for row in rows]), after
+
+
+def _inputs(rule: MemoryRule, x: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key, value [dh] and write gate [] of one head, for x [D]."""
+    q, k, v = (
+        rule.qkv.weight[part * rule.width :][head * rule.head_dim :][: rule.head_dim] @ x
+        for part in range(3)
+    )
+    gate = torch.sigmoid(rule.write.weight[head] @ x + rule.write.bias[head])
+    return q / (q @ q + 1e-6).sqrt(), k / (k @ k + 1e-6).sqrt(), v, gate
+
+
+def _ttt_row(rule: MiniBatchRule, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    names = list(rule.initial)
+    phase, updates = int(state["phase"]), int(state["updates"])
+    anchors = [{name: state[name][head] for name in names} for head in range(rule.heads)]
+    steps = [{name: state[f"step_{name}"][head] for name in names} for head in range(rule.heads)]
+    outputs: list[list[Tensor]] = []
+    for x_t in x:
+        outputs.append([])
+        phase += 1
+        for head in range(rule.heads):
+            q, k, v, gate = _inputs(rule, x_t, head)
+            anchor = anchors[head]
+            loss = 0.5 * ((_f(rule, head, k, anchor) - v) ** 2).sum()
+            grads = torch.autograd.grad(loss, list(anchor.values()), create_graph=True)
+            for name, grad in zip(names, grads, strict=True):
+                steps[head][name] = steps[head][name] + rule.inner_lr * gate * grad
+            now = {name: anchor[name] - steps[head][name] for name in names}
+            outputs[-1].append(_f(rule, head, q, now))
+            if phase == rule.mini_batch_steps:
+                forgetting_time = torch.exp(-rule.log_rate[head])
+                kept = torch.exp(-rule.mini_batch_steps / forgetting_time)
+                for name in names:
+                    w0 = rule.initial[name][head]
+                    anchor[name] = w0 + kept * (now[name] - w0)
+                    steps[head][name] = torch.zeros_like(w0)
+        if phase == rule.mini_batch_steps:
+            phase, updates = 0, updates + 1
+    after = {"phase": torch.tensor(phase), "updates": torch.tensor(updates)}
+    for name in names:
+        after[name] = torch.stack([anchor[name] for anchor in anchors])
+        after[f"step_{name}"] = torch.stack([step[name] for step in steps])
+    return torch.stack([torch.cat(heads) for heads in outputs]), after
+
+
+def _f(rule: MiniBatchRule, head: int, x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    if isinstance(rule, TTTMLP):
+        hidden = F.gelu(x @ w["weight1"] + w["bias1"][0]) / (0.425 * 4 * rule.head_dim) ** 0.5
+        z = hidden @ w["weight2"] + w["bias2"][0]
+    else:
+        z = x @ w["weight"] + w["bias"][0]
+    normed = (z - z.mean()) / (z.var(correction=0) + 1e-5).sqrt()
+    return x + normed * rule.norm_scale[head, 0] + rule.norm_bias[head, 0]
+
+
+def _delta_row(rule: GatedDelta, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    memories = list(state["memory"])
+    outputs: list[list[Tensor]] = []
+    for x_t in x:
+        outputs.append([])
+        for head in range(rule.heads):
+            q, k, v, beta = _inputs(rule, x_t, head)
+            alpha = torch.exp(-torch.exp(rule.log_rate[head] + rule.forget.weight[head] @ x_t))
+            s = alpha * memories[head]
+            memories[head] = s + beta * torch.outer(k, v - s.T @ k)
+            outputs[-1].append(memories[head].T @ q)
+    after = {"memory": torch.stack(memories), "updates": state["updates"] + len(x)}
+    return torch.stack([torch.cat(heads) for heads in outputs]), after

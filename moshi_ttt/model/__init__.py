@@ -1,0 +1,1 @@
+"""Everything that touches moshi's modules: sources, memory and LoRA inside them, their rings."""

@@ -1,0 +1,79 @@
+"""moshi's KV rings: find them, describe them, and say which positions they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from moshi.modules.streaming import StreamingModule
+from moshi.modules.transformer import StreamingMultiheadAttention
+from torch import Tensor, nn
+
+from moshi_ttt.instruments.trace import CacheSnapshot
+
+
+def attention_of(layer: nn.Module) -> StreamingMultiheadAttention:
+    """The self-attention of a layer, with or without a memory around it."""
+    return next(m for m in layer.modules() if isinstance(m, StreamingMultiheadAttention))
+
+
+def ring_of(attention: StreamingModule) -> Any:
+    """The ring of an attention that is streaming."""
+    return attention.get_streaming_state()[""].kv_cache
+
+
+def snapshot(name: str, ring: Any, end_offset: int, positions_per_step: int = 1) -> CacheSnapshot:
+    """What `ring` is, with an end offset that the caller knows.
+
+    Args:
+        name: path of the attention that owns it.
+        ring: a `RingKVCache`, or one with the same `cache` [2, B, H, slots, Dh] and `capacity`;
+            it never evicts the first `sinks` positions if it has such an attribute.
+        end_offset: positions written since reset.
+        positions_per_step: 2 for Mimi's transformers, which run at 25 Hz; 4 for the tiny codec's.
+    """
+    cache: Tensor | None = getattr(ring, "cache", None)
+    return CacheSnapshot(
+        name,
+        end_offset,
+        ring.capacity,
+        heads=0 if cache is None else cache.shape[2],
+        head_dim=0 if cache is None else cache.shape[4],
+        size_bytes=0 if cache is None else cache.numel() * cache.element_size(),
+        sinks=int(getattr(ring, "sinks", 0)),
+        positions_per_step=positions_per_step,
+    )
+
+
+def ring_snapshots(
+    root: nn.Module, prefix: str = "", positions_per_step: int = 1
+) -> list[CacheSnapshot]:
+    """Every ring below `root` that exists now, by module path (synchronises with the device).
+
+    Args:
+        root: an `LMModel` (its depformer's rings exist within a step only), or a codec.
+        prefix: put before the paths; `codec` for a codec, so that nobody takes its rings for
+            the language model's.
+        positions_per_step: see `snapshot`.
+    """
+    return [
+        snapshot(name, ring_of(module), int(ring_of(module).end_offset.max()), positions_per_step)
+        for name, module in root.named_modules(prefix=prefix)
+        if isinstance(module, StreamingMultiheadAttention)
+        and module.is_streaming
+        and ring_of(module) is not None
+    ]
+
+
+def held_positions(ring: Any) -> Tensor:
+    """Position that each slot holds after the last write, [B, slots]; -1 where it is empty.
+
+    Slots are laid out as `CacheSnapshot` says.
+    """
+    sinks = int(getattr(ring, "sinks", 0))
+    end = ring.end_offset.view(-1, 1)
+    newest = end - sinks - 1  # counted from the first position that is no sink
+    ages = (newest - torch.arange(ring.capacity, device=end.device)) % ring.capacity
+    turning = torch.where(ages <= newest, end - 1 - ages, -1)
+    kept = torch.arange(sinks, device=end.device)
+    return torch.cat([torch.where(kept < end, kept, -1), turning], dim=1)

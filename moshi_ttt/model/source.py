@@ -1,0 +1,228 @@
+"""Where a model comes from: hub id, local folder, the bundled `tiny`, or `moshi7b-random`.
+
+All of them end in moshi's own loaders; the bundled model takes the same path as the real one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from moshi.models import loaders
+from moshi.models.compression import MimiModel
+from moshi.models.lm import LMModel
+
+from moshi_ttt.clock import Clock
+from moshi_ttt.errors import UserError
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+TINY = "tiny"
+RANDOM_7B = "moshi7b-random"
+
+
+class ModelSource:
+    """LM, codec and text tokenizer of one checkpoint; each is loaded when asked for.
+
+    Args:
+        name: what the user called it.
+        info: moshi's paths and configs.
+        random_lm: build the LM with random weights instead of reading them (mechanics and
+            benchmarks only: it knows nothing).
+    """
+
+    def __init__(self, name: str, info: loaders.CheckpointInfo, random_lm: bool = False) -> None:
+        self.name = name
+        self.random_lm = random_lm
+        self._info = info
+        self._lm_config: dict[str, Any] = dict(info.lm_config or loaders._lm_kwargs)
+        if self._lm_config.get("lora") and info.lora_weights is None:
+            raise UserError(
+                f"{name}: config.json says lora=true but names no lora weights, so moshi would "
+                "add random ones; remove the key (merged checkpoint) or add lora_name"
+            )
+
+    @property
+    def n_q(self) -> int:
+        """Audio codebooks the LM reads: Moshi's own and the user's."""
+        return int(self._lm_config["n_q"])
+
+    @property
+    def dep_q(self) -> int:
+        """Audio codebooks the depformer predicts: Moshi's own."""
+        return int(self._lm_config["dep_q"])
+
+    @property
+    def text_padding_id(self) -> int:
+        """Text token between words."""
+        return int(self._lm_config.get("existing_text_padding_id", 3))
+
+    @property
+    def end_of_text_padding_id(self) -> int:
+        """Text token of the last padding step before a word."""
+        return int(self._lm_config.get("existing_text_end_padding_id", 0))
+
+    @property
+    def dim(self) -> int:
+        """Channels of the temporal transformer."""
+        return int(self._lm_config["dim"])
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the temporal transformer."""
+        return int(self._lm_config["num_layers"])
+
+    @property
+    def clock(self) -> Clock:
+        """Time units of the codec."""
+        config: dict[str, Any] = self._info.mimi_config or loaders._mimi_config
+        return Clock(config["sample_rate"], round(config["sample_rate"] / config["frame_rate"]))
+
+    def lm(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        context_steps: int | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> LMModel:
+        """The language model, in eval mode.
+
+        Args:
+            device: where to put it.
+            dtype: of all its weights.
+            context_steps: attention window and ring capacity of the temporal transformer;
+                None keeps the checkpoint's. The depformer is not touched.
+            gradient_checkpointing: recompute each layer in the backward pass.
+        """
+        overrides: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing}
+        if context_steps is not None:
+            overrides["context"] = context_steps
+        with torch.random.fork_rng():
+            if self.random_lm:
+                torch.manual_seed(0)
+                return loaders.get_moshi_lm(
+                    None, self._lm_config, device, dtype, lm_kwargs_overrides=overrides
+                )
+            return self._info.get_moshi(device=device, dtype=dtype, lm_kwargs_overrides=overrides)
+
+    def codec(self, device: torch.device | str = "cpu") -> MimiModel:
+        """The codec, in eval mode, without gradients."""
+        # moshi draws random weights before it loads the real ones: nobody's random numbers may
+        # depend on whether something was loaded
+        with torch.random.fork_rng():
+            return self._info.get_mimi(device=device).requires_grad_(False)
+
+    def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
+        """The text tokenizer."""
+        return self._info.get_text_tokenizer()
+
+    @cached_property
+    def codec_fingerprint(self) -> str:
+        """Hash of the codec's weights and config: equal fingerprints encode equally."""
+        config = json.dumps(self._info.mimi_config or loaders._mimi_config, sort_keys=True)
+        digest = hashlib.sha256(config.encode())
+        with self._info.mimi_weights.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer and the padding ids: equal fingerprints give equal text rows."""
+        digest = hashlib.sha256(self._info.tokenizer.read_bytes())
+        digest.update(json.dumps([self.text_padding_id, self.end_of_text_padding_id]).encode())
+        return digest.hexdigest()
+
+
+def bundled_held_out(source: ModelSource) -> Path:
+    """Manifest of the bundled held-out conversations as a model can read them.
+
+    Codes of all of them for the bundled codec and tokenizer, the audio of one for any other.
+    """
+    bundle = open_source(TINY)
+    if (source.codec_fingerprint, source.tokenizer_fingerprint) == (
+        bundle.codec_fingerprint,
+        bundle.tokenizer_fingerprint,
+    ):
+        return ASSETS / "conversations" / "heldout" / "manifest.jsonl"
+    return ASSETS / "demo" / "val.jsonl"
+
+
+def open_source(name: str) -> ModelSource:
+    """Find a model by name; reads configs, not weights.
+
+    Args:
+        name: `tiny` (bundled), `moshi7b-random` (Moshi 7B's architecture with random weights,
+            and the tiny bundle's codec and tokenizer), a folder in moshi's checkpoint layout
+            (never touches the network), or a hub id such as `kyutai/moshiko-pytorch-bf16`.
+
+    Raises:
+        UserError: nothing by that name, or a file of it is missing or unusable.
+    """
+    if name == TINY:
+        return ModelSource(name, _folder_info(ASSETS / "tiny"))
+    if name == RANDOM_7B:
+        info = _folder_info(ASSETS / "tiny")
+        info.lm_config = dict(loaders._lm_kwargs)
+        return ModelSource(name, info, random_lm=True)
+    if Path(name).is_dir():
+        return ModelSource(name, _folder_info(Path(name)))
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"model.source={name!r} is neither `tiny`, `moshi7b-random`, an existing folder nor "
+            "a hub id (owner/name); check the spelling or give the path of a downloaded model"
+        )
+    try:
+        return ModelSource(name, loaders.CheckpointInfo.from_hf_repo(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.source={name!r} could not be fetched from the hub ({error}); check the id and "
+            "the network, or give a local folder with the same files"
+        ) from error
+
+
+def _folder_info(folder: Path) -> loaders.CheckpointInfo:
+    """Moshi's checkpoint info of a folder, every file checked, no network."""
+    config_path = folder / "config.json"
+    if not config_path.exists():  # the first released Moshi had none
+        names: dict[str, Any] = {}
+    else:
+        try:
+            names = json.loads(config_path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{config_path} is not JSON ({error}); restore it") from error
+
+    def local(key: str, default: str | None = None) -> Path:
+        value = names.get(key, default)
+        path = folder / str(value).removeprefix("file://")
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing ({key} of {config_path.name}, value {value!r}); a local model "
+                "folder must hold every file it names: copy it there and name it relative to the "
+                "folder"
+            )
+        return path
+
+    moshi_weights = local("moshi_name", loaders.MOSHI_NAME)
+    mimi_weights = local("mimi_name", loaders.MIMI_NAME)
+    for path in (moshi_weights, mimi_weights):
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: weights must be .safetensors; pickles are not read")
+    tokenizer = local("tokenizer_name", loaders.TEXT_TOKENIZER_NAME)
+    if not names:
+        return loaders.CheckpointInfo(moshi_weights, mimi_weights, tokenizer)
+    return loaders.CheckpointInfo.from_hf_repo(
+        "local/none",
+        config_path=config_path,
+        moshi_weights=moshi_weights,
+        mimi_weights=mimi_weights,
+        tokenizer=tokenizer,
+        mimi_config_path=local("mimi_config_name") if "mimi_config_name" in names else None,
+        lora_weights=local("lora_name") if "lora_name" in names else None,
+    )

@@ -1,0 +1,1 @@
+"""Real recordings read by the model: losses, loss against position and context, recall."""

@@ -1,0 +1,208 @@
+"""How often the jump finder finds what is there, and reports what is not: the table of the docs.
+
+    python scripts/bench/jump_finder.py --trials 300
+    pip install ruptures && python scripts/bench/jump_finder.py --ruptures
+
+Noise as of speech: autocorrelated over 5 steps, heavy-tailed, half of it shared by the layers,
+and turns of talking and listening. A run is 900 steps of 4 layers.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
+
+import numpy as np
+from scipy.signal import lfilter
+from tqdm import tqdm
+
+from moshi_ttt.clock import Clock
+from moshi_ttt.diagnosis.jumps import find_jumps
+from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.instruments.trace import Trace
+
+LAYERS, STEPS = 4, 900
+NEAR_STEPS = 25
+Finder = Callable[[np.ndarray], list[int]]  # log norm [S, L, T] to steps
+Shape = Callable[[np.random.Generator, int], np.ndarray]  # streams to something like [S, L, T]
+
+
+def noise(generator: np.random.Generator, streams: int, sd: float) -> np.ndarray:
+    """Log-norm noise [S, L, T]."""
+    innovations = generator.standard_t(4, size=(streams, LAYERS + 1, STEPS)) / np.sqrt(2)
+    correlated = lfilter([np.sqrt(1 - 0.8**2)], [1.0, -0.8], innovations, axis=-1)
+    turns = np.cumsum(generator.random((streams, 1, STEPS)) < 1 / 25, axis=-1) % 2
+    return np.asarray(sd * (correlated[:, :1] + correlated[:, 1:]) / np.sqrt(2) + 0.1 * turns)
+
+
+def _flat(_: np.random.Generator, __: int) -> np.ndarray:
+    return np.zeros(STEPS)
+
+
+def _linear(_: np.random.Generator, __: int) -> np.ndarray:
+    return np.log(np.linspace(1, 3, STEPS))
+
+
+def _exponential(_: np.random.Generator, __: int) -> np.ndarray:
+    return np.linspace(0, 1.5, STEPS)
+
+
+def _later_growth(_: np.random.Generator, __: int) -> np.ndarray:
+    return np.asarray(0.0015 * np.maximum(0, np.arange(STEPS) - 400))
+
+
+def _waves(generator: np.random.Generator, _: int) -> np.ndarray:
+    phase = generator.uniform(0.5, 2) * np.linspace(0, 2 * np.pi, STEPS) + generator.uniform(0, 6)
+    return np.asarray(0.3 * np.sin(phase))
+
+
+def _walks(generator: np.random.Generator, streams: int) -> np.ndarray:
+    return np.cumsum(0.005 * generator.normal(size=(streams, 1, STEPS)), axis=-1)
+
+
+def _bursts(generator: np.random.Generator, _: int) -> np.ndarray:
+    bursts = np.zeros(STEPS)
+    for start in generator.integers(50, STEPS - 60, size=6):
+        length = generator.integers(2, 40)
+        bursts[start : start + length] += np.log(generator.uniform(1.5, 3))
+    return bursts
+
+
+def _long_burst(generator: np.random.Generator, _: int) -> np.ndarray:
+    burst = np.zeros(STEPS)
+    burst[400 : 400 + generator.integers(40, 140)] = np.log(1.7)
+    return burst
+
+
+WITHOUT_A_STEP: dict[str, Shape] = {
+    "noise alone": _flat,
+    "linear growth to x3": _linear,
+    "exponential growth to x4.5": _exponential,
+    "growth from step 400 on": _later_growth,
+    "slow waves of x1.35": _waves,
+    "random walks": _walks,
+    "six bursts of up to 40 steps": _bursts,
+    "one burst of 40-140 steps": _long_burst,
+}
+
+
+def ours(log_norm: np.ndarray) -> list[int]:
+    """Steps that `find_jumps` reports."""
+    streams, layers, steps = log_norm.shape
+    empty = np.zeros((streams, 0, steps))
+    trace = Trace(
+        label="bench",
+        source="",
+        clock=Clock(),
+        context_steps=375,
+        prompt_steps=0,
+        trained_steps=None,
+        streams=[""] * streams,
+        hybrid_layers=[],
+        rings=[],
+        input_norm=np.exp(log_norm),
+        branch_raw_norm=empty,
+        branch_norm=empty,
+        branch_ratio=empty,
+        gate=empty,
+        inner_updates=empty,
+        ring_end_offset=np.zeros((streams, layers, steps)),
+        text_entropy=np.zeros((streams, steps)),
+        audio_entropy=np.zeros((streams, steps)),
+        text_tokens=np.zeros((streams, steps - 1)),
+        codes=np.zeros((streams, 8, steps - 1)),
+    )
+    return [jump.step for jump in find_jumps(trace)]
+
+
+def with_ruptures() -> dict[str, Finder]:
+    """PELT of the library, on the layers' median curve over streams, in blocks of 5 steps."""
+    try:
+        import ruptures
+    except ImportError as error:
+        raise UserError("--ruptures: the package is not installed; pip install ruptures") from error
+
+    def finder(model: str, weight: float) -> Finder:
+        def find(log_norm: np.ndarray) -> list[int]:
+            curve = np.median(log_norm, axis=0)[:, 8:]  # [L, T]
+            blocks = curve[:, : curve.shape[1] // 5 * 5].reshape(len(curve), -1, 5).mean(-1).T
+            usual = np.median(np.abs(np.diff(blocks, axis=0))) * 1.4826 / np.sqrt(2)
+            signal = blocks / usual
+            if model == "clinear":  # piecewise linear: level and trend
+                signal = signal.mean(axis=1, keepdims=True)
+            penalty = weight * np.log(len(signal)) * signal.shape[1]
+            ends = ruptures.Pelt(model=model, min_size=10, jump=1).fit(signal).predict(pen=penalty)
+            edges = [0, *ends]
+            found = []
+            for first, at, last in zip(edges, edges[1:], edges[2:], strict=False):
+                before, after = blocks[first:at].mean(axis=0), blocks[at:last].mean(axis=0)
+                if (after - before).max() >= np.log(1.15):
+                    found.append(8 + 5 * at)
+            return found
+
+        return find
+
+    return {
+        "PELT, level": finder("l2", 12.0),
+        "PELT, level + trend": finder("clinear", 12.0),
+        "PELT, kernel": finder("rbf", 3.0),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=100, help="runs of each kind")
+    parser.add_argument("--ruptures", action="store_true", help="the library beside it")
+    options = parser.parse_args()
+    finders: dict[str, Finder] = {"find_jumps": ours}
+    if options.ruptures:
+        finders |= with_ruptures()
+    header = "| | " + " | ".join(finders) + " |\n|---|" + "---|" * len(finders)
+    lines = [f"Found within {NEAR_STEPS} steps (and runs with anything elsewhere), %:\n", header]
+    for streams, ratio, sd in (
+        (1, 1.4, 0.06),
+        (1, 1.68, 0.06),
+        (4, 1.2, 0.06),
+        (4, 1.4, 0.06),
+        (4, 1.68, 0.06),
+        (8, 1.2, 0.06),
+        (4, 1.4, 0.12),
+        (8, 1.2, 0.12),
+    ):
+        row = [f"{streams} streams, +{round(100 * (ratio - 1))} %, noise {sd:g}"]
+        for name, find in finders.items():
+            hits = wrong = 0
+            for trial in tqdm(range(options.trials), desc=f"{row[0]}, {name}", leave=False):
+                generator = np.random.default_rng(trial)
+                log_norm = noise(generator, streams, sd)
+                position = int(generator.integers(150, STEPS - 140))
+                log_norm[:, 2:, position:] += np.log(ratio)
+                away = [abs(step - position) for step in find(log_norm)]
+                hits += any(distance <= NEAR_STEPS for distance in away)
+                wrong += any(distance > NEAR_STEPS for distance in away)
+            row.append(f"{100 * hits / options.trials:.1f} ({100 * wrong / options.trials:.1f})")
+        lines.append(f"| {' | '.join(row)} |")
+    lines += ["\nRuns with a false alarm, 4 streams, %:\n", header]
+    for shape_name, shape in WITHOUT_A_STEP.items():
+        row = [shape_name]
+        for name, find in finders.items():
+            alarms = 0
+            for trial in tqdm(range(options.trials), desc=f"{shape_name}, {name}", leave=False):
+                generator = np.random.default_rng(10_000 + trial)
+                alarms += bool(find(noise(generator, 4, 0.06) + shape(generator, 4)))
+            row.append(f"{100 * alarms / options.trials:.1f}")
+        lines.append(f"| {' | '.join(row)} |")
+    print("\n".join(lines))
+    for streams, layers, steps in ((8, 32, 950), (8, 32, 6100)):
+        log_norm = np.random.default_rng(0).normal(size=(streams, layers, steps)) * 0.1
+        log_norm[:, 20:, steps // 2 :] += 0.4
+        start = time.monotonic()
+        ours(log_norm)
+        print(f"\n{streams} streams x {layers} layers x {steps} steps: ", end="")
+        print(f"{time.monotonic() - start:.2f} s")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,120 @@
+"""Write conversations as text alone, to be trained on beside spoken ones.
+
+    python scripts/bundle/make_text.py build/train/manifest.jsonl --hours 300 --model build/tiny
+
+Moshi's language model was one of text before it heard anything, and so is the tiny one: recall and
+grammar need far more words than anyone wants to synthesise and encode. Each file holds what Moshi
+says, laid over steps as if it were spoken; the audio is unknown (-1), which is no input and no
+target. Writes FOLDER/text-NNNNN.npz beside the recordings, and FOLDER/with_text.jsonl, which names
+both. Conversation i depends on the seed and i alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from make_conversations import Recipe, recipes
+from timeline import SPEAKERS, plan
+from tqdm import tqdm
+from voices import SAMPLE_RATE, Utterance
+
+from moshi_ttt.data import CodesFormat, read_manifest
+from moshi_ttt.data.alignments import Word
+from moshi_ttt.data.codes_file import CODES_SUFFIX, write_codes
+from moshi_ttt.data.manifest import raise_together
+from moshi_ttt.data.text import ZERO_TOKEN, text_stream
+from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.instruments.trace import write_bytes
+from moshi_ttt.model.source import ModelSource, open_source
+
+MINUTES = (3.0, 15.0)
+_STREAM = 2  # of a recipe's random numbers; speech has 0 and 1
+_WORD_SEC, _LETTER_SEC, _PAUSE_SEC = 0.012, 0.050, 0.16
+"""From one word to the next, its letters, and what the last of a sentence takes more: means of the
+synthesisers, over 8103 words."""
+_SPREAD = 0.25  # of the logarithm
+
+
+class Reader:
+    """Says nothing, and takes as long for it as a voice would."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._speed = rng.uniform(0.9, 1.1)
+
+    def say(self, sentence: str) -> Utterance:
+        """Words and their times, without sound."""
+        words = sentence.split()
+        letters = np.array([len(word.strip(".,?!")) for word in words])
+        seconds = _WORD_SEC + _LETTER_SEC * letters
+        seconds *= np.exp(_SPREAD * self._rng.standard_normal(len(words))) / self._speed
+        seconds[-1] += _PAUSE_SEC
+        edges = np.concatenate([[0.0], np.cumsum(seconds)]).tolist()
+        silence = np.zeros(round(edges[-1] * SAMPLE_RATE), np.float32)
+        return Utterance(silence, tuple(zip(words, edges, edges[1:], strict=False)))
+
+
+def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> dict[str, object]:
+    """Write one conversation.
+
+    Returns:
+        Its line of the manifest.
+    """
+    rng = recipe.rng(_STREAM)
+    made = plan((Reader(rng), Reader(rng)), rng, recipe.least_sec, recipe.split)
+    words = [Word(text, *span) for text, span, who in made.alignments() if who == SPEAKERS[0]]
+    clock = source.clock
+    steps = clock.steps(made.duration_sec)
+    stream = text_stream(
+        words,
+        source.tokenizer(),
+        steps,
+        clock,
+        padding_id=source.text_padding_id,
+        end_of_padding_id=source.end_of_text_padding_id,
+    )
+    codes = torch.full((1 + source.n_q, steps), ZERO_TOKEN)
+    codes[0] = stream.tokens
+    path = folder / f"text-{recipe.index:05d}{CODES_SUFFIX}"
+    write_codes(path, codes, CodesFormat.of(source), f"text of {recipe}")
+    return {"path": path.name, "duration": round(clock.seconds(steps), 4)}
+
+
+def main(manifest: Path, *, hours: float, model: str, seed: int, workers: int) -> None:
+    """Write the text files and the manifest of all.
+
+    Raises:
+        UserError: the manifest of the recordings or the model cannot be read; nothing to write.
+    """
+    if not 0 < hours < float("inf"):
+        raise UserError(f"--hours {hours:g} must be above 0; give hours of text, such as 300")
+    _, problems = read_manifest(manifest)
+    raise_together(str(manifest), problems)
+    todo = list(recipes(hours, "train", seed, MINUTES))
+    write = partial(write_text, folder=manifest.parent, source=open_source(model))
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
+        lines = list(tqdm(pool.map(write, todo, chunksize=4), total=len(todo), unit="conversation"))
+    both = manifest.read_text(encoding="utf-8").rstrip("\n") + "\n"
+    both += "".join(json.dumps(line) + "\n" for line in lines)
+    write_bytes(manifest.parent / "with_text.jsonl", both.encode())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("manifest", type=Path, help="spoken recordings, whose folder is written to")
+    parser.add_argument("--hours", type=float, required=True, help="hours of text")
+    parser.add_argument(
+        "--model", required=True, help="whose tokenizer: tiny, a folder or a hub id"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    run_program(partial(main, **vars(parser.parse_args())))

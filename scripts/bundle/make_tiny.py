@@ -1,0 +1,167 @@
+"""Assemble the tiny Moshi around its codec: moshi's structure and layout, ten million weights.
+
+    python scripts/bundle/make_tiny.py begin FOLDER          # tokenizer, config, untrained LM
+    python scripts/bundle/make_tiny.py finish FOLDER --trained RUN/checkpoints/best.safetensors
+
+`begin` adds what is missing to a folder in which `train_codec.py` has left a codec, so that
+`train/fit.py --config tiny_base.yaml --model.source FOLDER` can train it; `finish` puts the trained
+weights in the untrained ones' place, in bf16. `tiny_bundle.sh` runs the whole chain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
+
+import safetensors.torch
+import sentencepiece
+import torch
+from codec_training import CODEC_CONFIG
+from conversation import sentences
+from moshi.models import LMModel, loaders
+from torch import Tensor, nn
+
+from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.instruments.trace import write_bytes, write_json
+from moshi_ttt.model.build import load_trained
+from moshi_ttt.model.source import open_source
+
+TEXT_CARD = 1000
+DIM = 256
+LAYERS = 6
+DEPFORMER_DIM = 96
+
+FILES = {
+    "moshi_name": "model.safetensors",
+    "mimi_name": "mimi.safetensors",
+    "mimi_config_name": "mimi_config.json",
+    "tokenizer_name": "tokenizer.model",
+    "model_type": "moshi",
+}
+LM_CONFIG: dict[str, Any] = loaders._lm_kwargs | {
+    "dim": DIM,
+    "text_card": TEXT_CARD,
+    "card": CODEC_CONFIG["quantizer"]["bins"],
+    "num_heads": 4,
+    "num_layers": LAYERS,
+    "context": 375,  # 30 s, so that the ring turns within a minute
+    "depformer_dim": DEPFORMER_DIM,
+    "depformer_dim_feedforward": int(4.125 * DEPFORMER_DIM),
+    "depformer_num_heads": 4,
+    "depformer_num_layers": 2,
+}
+
+
+def build_tokenizer(seed: int) -> bytes:
+    """A sentencepiece model with moshi's special ids: 0 unknown, 1 begin, 2 end, 3 padding.
+
+    It reads what the generated speakers might say, and the commonest words of English in general.
+    """
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences(seed),
+        model_writer=model,
+        vocab_size=TEXT_CARD,
+        model_type="bpe",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        byte_fallback=True,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def build_lm(seed: int) -> LMModel:
+    """A seeded LM whose activations are of order one in every layer.
+
+    moshi leaves the depformer and attention's projections as torch initialises them. Here every
+    linear has standard deviation 1 / sqrt(inputs), and what writes into the residual stream is
+    divided by sqrt(2 * layers), so that the stream's variance does not grow with depth.
+    """
+    torch.manual_seed(seed)
+    lm = loaders.get_moshi_lm(None, LM_CONFIG, dtype=torch.float32)
+    for name, module in lm.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        std = 1 / math.sqrt(module.in_features)
+        if "out_projs" in name or name.endswith("linear_out"):
+            std /= math.sqrt(2 * LAYERS)
+        nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+    return lm
+
+
+def begin(folder: Path, seed: int) -> None:
+    """Make a folder with a codec loadable: tokenizer, config, seeded untrained LM in float32.
+
+    Raises:
+        UserError: the codec is missing.
+    """
+    for name in (FILES["mimi_name"], FILES["mimi_config_name"]):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder / name} is missing; train the codec first: "
+                f"python scripts/bundle/train_codec.py MANIFEST --out {folder}"
+            )
+    _write(folder / FILES["tokenizer_name"], build_tokenizer(seed))
+    _write(folder / FILES["moshi_name"], _stored(build_lm(seed), torch.float32))
+    write_json(folder / "config.json", FILES | LM_CONFIG)
+
+
+def finish(folder: Path, trained: Path) -> None:
+    """Write the weights of a `train: base` run over the folder's untrained ones, in bf16.
+
+    Raises:
+        UserError: the file holds something else than a trained base.
+    """
+    lm, source, config, trained_steps = load_trained(trained)
+    if config.train != "base":
+        raise UserError(
+            f"{trained} was trained with model.train={config.train}; only `base` gives plain Moshi"
+        )
+    _write(folder / FILES["moshi_name"], _stored(lm, torch.bfloat16))
+    parameters = sum(p.numel() for p in open_source(str(folder)).lm().parameters())
+    print(
+        f"{folder}: {parameters:,} parameters, trained on clips of "
+        f"{source.clock.describe(trained_steps)}"
+    )
+
+
+def _stored(model: nn.Module, dtype: torch.dtype) -> bytes:
+    tensors: dict[str, Tensor] = model.state_dict()
+    return safetensors.torch.save({k: v.to(dtype).contiguous() for k, v in tensors.items()})
+
+
+def _write(path: Path, data: bytes) -> None:
+    write_bytes(path, data)
+    print(f"{path}: {len(data) / 1e6:.2f} MB")
+
+
+def main() -> None:
+    """Begin or finish a folder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=("begin", "finish"), help="before or after LM training")
+    parser.add_argument("folder", type=Path, help="folder in moshi's layout")
+    parser.add_argument(
+        "--trained", type=Path, help="for `finish`: RUN/checkpoints/best.safetensors"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for `begin`: seed of the weights")
+    arguments = parser.parse_args()
+    if arguments.stage == "begin":
+        begin(arguments.folder, arguments.seed)
+    elif arguments.trained is None:
+        raise UserError("--trained is missing; give RUN/checkpoints/best.safetensors")
+    else:
+        finish(arguments.folder, arguments.trained)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,227 @@
+"""What the base does before anybody adds a memory: numbers and figures of docs/tiny_moshi.md.
+
+    python scripts/bundle/measure_tiny.py                   # the bundle, writes docs/tiny_moshi/
+    python scripts/bundle/measure_tiny.py --model build/tiny --train build/train/manifest.jsonl \
+        --heldout build/heldout/manifest.jsonl --out build/baseline
+
+Held-out loss of each stream beside what a unigram and a copying model lose; loss against position
+on stretches that start anywhere behind the greeting of a conversation, which is easier than the
+rest; input norms while talking freely and while reading; recall of probes against their gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
+
+import numpy as np
+import torch
+from moshi.models.lm import LMModel
+from torch import Tensor
+from tqdm import tqdm
+
+from moshi_ttt.data import EncodedRecording, read_recordings
+from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.evaluation.evaluate import LongRunConfig, evaluate
+from moshi_ttt.evaluation.reading import Evaluation
+from moshi_ttt.instruments.trace import write_bytes, write_json
+from moshi_ttt.model.source import ASSETS, open_source
+from moshi_ttt.report import png, recall_figure
+from moshi_ttt.report.figures import nll_figure, norm_figure
+from moshi_ttt.report.recall import gap_positions
+from moshi_ttt.teacher_forcing.nll import STREAMS, PositionNLL
+from moshi_ttt.teacher_forcing.recordings import cut, read_teacher_forced
+
+CONVERSATIONS = ASSETS / "conversations"
+CLIP_SEC = 15.0  # what the LM was trained on
+WINDOW_SEC = 5.0
+NLL_RECORDINGS = 12  # the first ones, for loss and recall of whole recordings
+SPACING_SEC = 23.0  # between the starts of two stretches, and ahead of the first
+BATCH = 4
+
+
+def clips(
+    recordings: Sequence[EncodedRecording], steps: int, every_steps: int, first_step: int = 0
+) -> list[Tensor]:
+    """Full stretches of `steps` of all recordings, one every `every_steps`, [17, steps] each."""
+    return [
+        one.codes[:, start : start + steps]
+        for one in recordings
+        for start in range(first_step, one.steps - steps + 1, every_steps)
+    ]
+
+
+@torch.no_grad()
+def nll_by_position(
+    lm: LMModel, pieces: Sequence[Tensor], window_steps: int, skip_steps: int = 0
+) -> dict[str, Any]:
+    """Teacher-forced NLL of pieces [17, T] behind `skip_steps`, as `PositionNLL.record` has it."""
+    steps = pieces[0].shape[-1]
+    metric = PositionNLL(window_steps, -(-(steps - skip_steps) // window_steps)).to(lm.device)
+    for first in tqdm(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
+        codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
+        counted = slice(skip_steps, None)
+        metric.update(lm, cut(lm(codes), counted), codes[..., counted])
+    return metric.record()
+
+
+def rows_of(stream: str, own_codebooks: int) -> range:
+    """Rows of the codes that a stream of `PositionNLL` means."""
+    first = {"text": 0, "first_codebook": 1, "other_codebooks": 2}[stream]
+    last = {"text": 0, "first_codebook": 1, "other_codebooks": own_codebooks}[stream]
+    return range(first, last + 1)
+
+
+def baselines(
+    train: Sequence[EncodedRecording],
+    heldout: Sequence[EncodedRecording],
+    stream: str,
+    card: int,
+    own_codebooks: int,
+) -> dict[str, float]:
+    """Held-out NLL in nats a token of models that were fitted to the training recordings.
+
+    `uniform` knows the vocabulary, `unigram` how often each token occurs (plus one), `copy` mixes
+    the unigram with the token before, in the share that fits the training recordings best.
+    """
+    unigram_nll, copy_nll = [], []
+    for row in rows_of(stream, own_codebooks):
+        known = torch.cat([one.codes[row] for one in train]).numpy()
+        unigram = np.bincount(known, minlength=card) + 1.0
+        unigram /= unigram.sum()
+        repeats = float(np.mean(np.concatenate([_repeats(one, row) for one in train])))
+        # a repeat is either copied or drawn again by chance
+        by_chance = float((unigram**2).sum())
+        share = max(0.0, (repeats - by_chance) / (1 - by_chance))
+        for one in heldout:
+            tokens = one.codes[row].numpy()[1:]
+            unigram_nll.append(-np.log(unigram[tokens]))
+            mixed = (1 - share) * unigram[tokens] + share * _repeats(one, row)
+            copy_nll.append(-np.log(mixed))
+    return {
+        "uniform": float(np.log(card)),
+        "unigram": float(np.concatenate(unigram_nll).mean()),
+        "copy": float(np.concatenate(copy_nll).mean()),
+    }
+
+
+def _repeats(recording: EncodedRecording, row: int) -> np.ndarray:
+    tokens = recording.codes[row].numpy()
+    return tokens[1:] == tokens[:-1]
+
+
+def write_figures(out: Path, by_position: dict[str, Any], free: Path, forced: Path) -> None:
+    """Write norms of both runs, loss against position, and recall where there are probes, as PNG.
+
+    Args:
+        out: folder to write.
+        by_position: what `nll_by_position` gave.
+        free: evaluation folder of the run that talks.
+        forced: evaluation folder of the run that reads.
+    """
+    evaluations = {"free": Evaluation.load(free), "forced": Evaluation.load(forced)}
+    traces = {name: evaluation.trace() for name, evaluation in evaluations.items()}
+    figures = {
+        f"input_norm_{name}": norm_figure(traces[name], evaluations[name].jumps)
+        for name in evaluations
+    }
+    trace, recall = traces["forced"], evaluations["forced"].recall
+    figures["nll"] = nll_figure({"held out, teacher-forced": by_position}, [trace])
+    if recall is not None:
+        figures["recall"] = recall_figure({"held out": recall}, [gap_positions(trace)])
+    for name, figure in figures.items():
+        write_bytes(out / f"{name}.png", png(figure))
+
+
+def main() -> None:
+    """Measure and write `baseline.json` and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help="model source (default: tiny)")
+    parser.add_argument("--train", type=Path, default=CONVERSATIONS / "train" / "manifest.jsonl")
+    parser.add_argument(
+        "--heldout", type=Path, default=CONVERSATIONS / "heldout" / "manifest.jsonl"
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/tiny_moshi"), help="folder to write")
+    parser.add_argument("--runs", type=Path, default=Path("runs/baseline"), help="raw evaluations")
+    parser.add_argument("--seconds", type=float, default=150.0, help="length of the long stretches")
+    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/codes"))
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = open_source(arguments.model)
+    clock = source.clock
+    train = read_recordings(source, arguments.train, arguments.cache_dir)
+    heldout = read_recordings(source, arguments.heldout, arguments.cache_dir)
+    lm = source.lm(device=device)
+
+    window_steps, clip_steps = clock.steps(WINDOW_SEC), clock.steps(CLIP_SEC)
+    long_steps = clock.steps(arguments.seconds)
+    spacing_steps = clock.steps(SPACING_SEC)
+    stretches = clips(heldout, long_steps, spacing_steps, spacing_steps)
+    if not stretches:
+        raise UserError(
+            f"no recording of {arguments.heldout} lasts {arguments.seconds + SPACING_SEC:g} s; "
+            "lower --seconds"
+        )
+    in_clips = nll_by_position(lm, clips(heldout, clip_steps, clip_steps), clip_steps)
+    by_position = nll_by_position(lm, stretches, window_steps)
+    streams = {
+        stream: {
+            **baselines(
+                train,
+                heldout,
+                stream,
+                lm.text_card if stream == "text" else lm.card,
+                lm.dep_q,
+            ),
+            "lm_15s_clips": in_clips[stream][0],
+        }
+        for stream in STREAMS
+    }
+    # the same for both runs, and slow
+    read = read_teacher_forced(lm, heldout[:NLL_RECORDINGS], long_steps, window_steps)
+    scalars = {}
+    for name, prompt_sec in (("free", 10.0), ("forced", arguments.seconds)):
+        scalars[name] = evaluate(
+            lm,
+            source,
+            heldout,
+            LongRunConfig(
+                seconds=arguments.seconds,
+                prompt_sec=prompt_sec,
+                # nothing is drawn where everything is forced: seeds would give equal streams
+                prompts=4 if name == "free" else 8,
+                seeds=2 if name == "free" else 1,
+                audio_streams=1,
+            ),
+            arguments.runs / name,
+            label=f"{source.name}, {name}",
+            trained_steps=clip_steps,
+            read=read,
+        )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(
+        arguments.out / "baseline.json",
+        {
+            "model": source.name,
+            "heldout": {
+                "recordings": len(heldout),
+                "hours": sum(clock.seconds(one.steps) for one in heldout) / 3600,
+                "probes": sum(len(one.probes) for one in heldout),
+                "stretches": len(stretches),
+            },
+            "nll": streams,
+            "nll_by_position": by_position,
+            "recall": Evaluation.load(arguments.runs / "free").recall,
+            "free": scalars["free"],
+            "forced": scalars["forced"],
+        },
+    )
+    write_figures(arguments.out, by_position, arguments.runs / "free", arguments.runs / "forced")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,32 @@
+"""Random codes, and a hybrid model small enough to run everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from moshi.models.lm import LMModel
+from torch import Tensor
+
+from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.model.hybrid import add_memory, hybrid_layers
+
+MakeLM = Callable[..., LMModel]
+STREAMS, STEPS, CONTEXT = 2, 40, 16  # the ring of `make_lm` turns twice
+
+
+def random_codes(steps: int = STEPS) -> Tensor:
+    """Tokens of every stream, [STREAMS, 17, steps]."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 16, (STREAMS, 17, steps), generator=generator)
+
+
+def hybrid(make_lm: MakeLM, **config: Any) -> LMModel:
+    """A model with memory in layers 0 and 2 whose gates are open."""
+    lm = make_lm()
+    torch.manual_seed(3)
+    add_memory(lm, MemoryConfig(layers=[0, 2], heads=2, mini_batch_steps=5, **config))
+    for layer in hybrid_layers(lm).values():
+        torch.nn.init.normal_(layer.branch.gate, std=0.5)
+    return lm.eval()

@@ -1,0 +1,310 @@
+"""What the recorder writes down, against what the training forward computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lm_fakes import CONTEXT, STEPS, STREAMS, MakeLM, hybrid, random_codes
+from moshi.models.lm import LMGen, LMModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moshi_ttt.errors import UserError
+from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.instruments.attention_mass import AttentionProbe
+from moshi_ttt.instruments.recorder import FAST_WEIGHT_STRIDE, Recorder
+from moshi_ttt.instruments.trace import CacheSnapshot
+from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.model.hybrid import add_memory, hybrid_layers, observe_branches
+from moshi_ttt.model.rings import attention_of, held_positions, ring_of, ring_snapshots
+from moshi_ttt.model.sinks import AttentionControls, SinkRing
+from moshi_ttt.model.source import open_source
+
+
+def forced(lm: LMModel, probe: AttentionProbe | None = None) -> Recorder:
+    """A run whose every token is forced, so that the parallel forward sees the same."""
+    codes = random_codes()
+    with borrowed(lm, 0):
+        recorder = Recorder(lm, STREAMS, STEPS, probe)
+        generate(lm, codes, codes[:, 9:], recorder=recorder)
+    return recorder
+
+
+def seen_in_parallel(lm: LMModel, modules: dict[str, torch.nn.Module]) -> dict[str, Tensor]:
+    """Output [B, T, D] of each module in the training forward."""
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))
+        for name, module in modules.items()
+    ]
+    with torch.no_grad():
+        lm(random_codes())
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def close(recorded: Any, expected: Tensor) -> None:
+    torch.testing.assert_close(
+        torch.from_numpy(recorded).double(), expected.double(), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_contributions_and_largest_channel_are_those_of_the_layers(make_lm: MakeLM) -> None:
+    lm = hybrid(make_lm)
+    layer = lm.transformer.layers[1]
+    before = lm.transformer.layers[0]
+    out = seen_in_parallel(
+        lm, {"in": before, "attention": layer.self_attn, "ffn": layer.gating, "out": layer}
+    )
+    arrays = forced(lm).arrays()
+    close(arrays["input_norm"][:, 1], out["in"].norm(dim=-1))
+    close(arrays["attention_norm"][:, 1], out["attention"].norm(dim=-1))
+    close(arrays["ffn_norm"][:, 1], out["ffn"].norm(dim=-1))
+    largest, channel = out["in"].abs().max(dim=-1)
+    close(arrays["input_max"][:, 1], largest)
+    assert (arrays["input_max_channel"][:, 1] == channel.numpy()).all()
+    total = out["in"] + out["attention"] + out["ffn"]
+    torch.testing.assert_close(total, out["out"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("placement", ["parallel", "post_attention"])
+def test_branch_norms_are_those_that_the_branch_itself_reports(
+    make_lm: MakeLM, bounded: bool, placement: str
+) -> None:
+    lm = hybrid(make_lm, bounded_readout=bounded, placement=placement)
+    with torch.no_grad(), observe_branches(lm) as observed:
+        lm(random_codes())
+    arrays = forced(lm).arrays()
+    for row, index in enumerate(hybrid_layers(lm)):
+        stats = observed[index][0]
+        close(arrays["branch_norm"][:, row], stats.norm)
+        close(arrays["branch_raw_norm"][:, row], stats.raw_norm)
+        close(arrays["branch_ratio"][:, row], stats.ratio)
+        close(arrays["gate"][:, row], stats.gate_rms.expand(STREAMS, STEPS))
+
+
+@pytest.mark.parametrize("rule", ["ttt_linear", "ttt_mlp", "gated_delta"])
+def test_gates_of_the_memory_are_those_of_its_rule(make_lm: MakeLM, rule: str) -> None:
+    lm = hybrid(make_lm, rule=rule)
+    layer = hybrid_layers(lm)[2].branch.rule
+    torch.nn.init.normal_(layer.write.weight, std=0.5)
+    modules = {"write": layer.write}
+    if rule == "gated_delta":
+        torch.nn.init.normal_(layer.forget.weight, std=0.5)
+        modules["forget"] = layer.forget
+    out = seen_in_parallel(lm, modules)
+    arrays = forced(lm).arrays()
+    close(arrays["write_gate"][:, 1], out["write"].sigmoid().mean(dim=-1))
+    log_rates = layer.log_rate + out.get("forget", torch.zeros(STREAMS, STEPS, 2))
+    close(arrays["forgetting"][:, 1], log_rates.exp().mean(dim=-1).detach())
+
+
+@pytest.mark.parametrize("rule", ["ttt_linear", "gated_delta"])
+def test_fast_weight_norm_is_that_of_the_state_and_is_held_between_looks(
+    make_lm: MakeLM, rule: str
+) -> None:
+    lm, codes = hybrid(make_lm, rule=rule), random_codes()
+    expected: list[Tensor] = []
+
+    def look(_: int) -> None:
+        memory = hybrid_layers(lm)[2].branch.get_streaming_state()[""].memory
+        names = ["memory"] if rule == "gated_delta" else ["weight", "bias"]
+        flat = torch.cat([memory[name].flatten(1) for name in names], dim=1)
+        expected.append(flat.norm(dim=1))
+
+    with borrowed(lm, 0):
+        recorder = Recorder(lm, STREAMS, STEPS)
+        generate(lm, codes, codes[:, 9:], recorder=recorder, on_step=look)
+    looked = torch.arange(STEPS) // FAST_WEIGHT_STRIDE * FAST_WEIGHT_STRIDE
+    norms = recorder.arrays()["fast_weight_norm"][:, 1]
+    close(norms, torch.stack(expected, dim=1)[:, looked])
+    assert norms[0, 0] != norms[0, -1]
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(make_lm: MakeLM, layers: int, recorded: bool) -> int:
+    """Tensor operations of one step inside the graph, as an eager step counts them."""
+    lm = make_lm(num_layers=layers)
+    add_memory(lm, MemoryConfig(layers=f"last:{layers}", heads=2, rule="gated_delta"))
+    lm.eval()
+    codes = random_codes(6)
+    with borrowed(lm, 0), LMGen(lm).streaming(STREAMS) as _, torch.no_grad():
+        recorder = Recorder(lm, STREAMS, 6)
+        count = _Count()
+
+        def step() -> None:
+            lm.forward_text(codes[:, :, :1])
+
+        if recorded:
+            with recorder.attached():
+                step()
+                with count:
+                    step()
+        else:
+            step()
+            with count:
+                step()
+    return count.operations
+
+
+def test_recording_costs_the_same_few_operations_whatever_the_number_of_layers(
+    make_lm: MakeLM,
+) -> None:
+    few, many = (
+        operations(make_lm, layers, True) - operations(make_lm, layers, False) for layers in (2, 9)
+    )
+    assert few == many
+    assert few < 60  # a third of them are views, which launch nothing
+
+
+def test_reading_in_blocks_gives_what_reading_at_once_gives(make_lm: MakeLM) -> None:
+    recorder = forced(hybrid(make_lm))
+    whole = recorder.arrays()
+    blocks = [recorder.read(0, 7), recorder.read(7, STEPS)]
+    for name, values in whole.items():
+        both = [torch.from_numpy(block[name]) for block in blocks]
+        assert torch.equal(torch.cat(both, dim=-1), torch.from_numpy(values)), name
+    assert (recorder.read(5, 9)["text_input"] == random_codes()[:, 0, 4:8].numpy()).all()
+    assert whole["step_ms"].shape == (STEPS,)
+    assert (whole["step_ms"] > 0).all()
+
+
+def test_a_model_generates_the_same_after_recording_stopped_with_an_error(
+    make_lm: MakeLM,
+) -> None:
+    lm, codes = hybrid(make_lm), random_codes()
+
+    def plain() -> Tensor:
+        with borrowed(lm, 0):
+            return generate(lm, codes[:, :, :4], codes[:, 9:])
+
+    def stop(step: int) -> None:
+        if step == 20:
+            raise KeyboardInterrupt
+
+    before, weights = plain(), {name: value.clone() for name, value in lm.state_dict().items()}
+    recorder = Recorder(lm, STREAMS, STEPS, AttentionProbe([0, 1], 3))
+    with pytest.raises(KeyboardInterrupt), borrowed(lm, 0):
+        generate(lm, codes[:, :, :4], codes[:, 9:], recorder=recorder, on_step=stop)
+    assert torch.equal(plain(), before)
+    assert all(torch.equal(value, weights[name]) for name, value in lm.state_dict().items())
+
+
+def reference_mass(lm: LMModel, layer: int, step: int, sinks: int) -> Tensor:
+    """The same from all queries and keys of the parallel forward, in a window of 16 steps."""
+    attention = attention_of(lm.transformer.layers[layer])
+    out = seen_in_parallel(lm, {"projected": attention.in_projs[0]})["projected"]
+    q, k = out[..., : lm.dim], out[..., lm.dim : lm.dim + lm.dim // attention.kv_repeat]
+    q, k = (x.unflatten(-1, (-1, 16)).transpose(1, 2) for x in (q, k))
+    k = k.repeat_interleave(attention.kv_repeat, dim=1)
+    q, k = attention.rope(q, k, torch.zeros(STREAMS), time_before_heads=False)
+    first = max(0, step + 1 - CONTEXT)
+    scores = q[:, :, step, None] @ k[:, :, first : step + 1].mT * q.shape[-1] ** -0.5
+    weights = scores.softmax(-1).mean(dim=1)[:, 0]  # [B, held]
+    positions = torch.arange(first, step + 1)
+    oldest = positions < first + -(-len(positions) // 4)
+    parts = [positions == 0, positions < sinks, oldest]
+    return torch.stack([weights[:, part].sum(dim=-1) for part in parts], dim=-1)
+
+
+@pytest.mark.parametrize("kv_repeat", [1, 2])
+def test_attention_mass_is_that_of_the_full_attention_matrix(
+    make_lm: MakeLM, kv_repeat: int
+) -> None:
+    lm = make_lm(kv_repeat=kv_repeat).eval()
+    arrays = forced(lm, AttentionProbe([0, 1], every_n_steps=7, sinks=3)).arrays()
+    assert arrays["attention_mass_steps"].tolist() == [0, 7, 14, 21, 28, 35]
+    assert arrays["attention_mass_layers"].tolist() == [0, 1]
+    for look, step in enumerate(arrays["attention_mass_steps"].tolist()):
+        for row, layer in enumerate([0, 1]):
+            expected = reference_mass(lm, layer, step, sinks=3)
+            close(arrays["attention_mass"][:, row, look], expected)
+    # position 0 left the ring at step 16
+    assert (arrays["attention_mass"][:, :, 3:, 0] == 0).all()
+    assert (arrays["attention_mass"][:, :, 3:, 2] > 0).all()
+
+
+def test_sinks_are_seen_to_be_kept_and_attended_to(make_lm: MakeLM) -> None:
+    lm = make_lm().eval()
+    AttentionControls(lm).set(context_steps=CONTEXT, sinks=2)
+    recorder = forced(lm, AttentionProbe([0, 1], every_n_steps=7, sinks=2))
+    mass = recorder.arrays()["attention_mass"]
+    assert (mass[..., 0] > 0).all()
+    assert (mass[..., 1] > mass[..., 0])[:, :, 1:].all()
+    (ring, *_) = recorder.rings
+    assert (ring.sinks, ring.evicted_steps) == (2, STEPS - CONTEXT - 2)
+    assert ring.size_bytes == 2 * STREAMS * 2 * (CONTEXT + 2) * 16 * 4
+
+
+def test_a_probe_of_layers_that_do_not_exist_says_so(make_lm: MakeLM) -> None:
+    with pytest.raises(UserError, match=r"attention.layers=\[3\] names a layer outside 0..2"):
+        Recorder(make_lm().eval(), STREAMS, STEPS, AttentionProbe([3]))
+    with pytest.raises(UserError, match="every_n_steps=0"):
+        AttentionProbe([0], every_n_steps=0)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_held_positions_are_those_that_were_written_last(make_lm: MakeLM, sinks: int) -> None:
+    ring = SinkRing(1, 1, 2, 8, sinks, device=torch.device("cpu"), dtype=torch.float32)
+    everything = torch.ones(1, dtype=torch.bool)
+    for step in range(30):
+        ring.complete(torch.full((1, 1, 1, 2), float(step)), torch.zeros(1, 1, 1, 2), everything)
+        held = held_positions(ring)[0]
+        kept = held >= 0
+        # each key was filled with its own position
+        assert torch.equal(ring.cache[0, 0, 0, kept, 0], held[kept].float())
+        snapshot = CacheSnapshot("transformer.x", step + 1, 8, sinks=sinks)
+        first, last = snapshot.valid_positions or (0, -1)
+        expected = set(range(min(sinks, step + 1))) | set(range(first, last + 1))
+        assert set(held[kept].tolist()) == expected
+        lost = snapshot.lost_positions
+        gone = set() if lost is None else set(range(lost[0], lost[1] + 1))
+        assert gone == set(range(step + 1)) - expected
+        assert len(gone) == snapshot.evicted_steps
+
+
+def test_ranges_of_a_ring_over_its_turns() -> None:
+    def ranges(end: int) -> tuple[Any, ...]:
+        ring = CacheSnapshot("transformer.layers.0.self_attn", end, 8)
+        return ring.valid_positions, ring.lost_positions, ring.overwritten_slots, ring.wraps
+
+    assert ranges(0) == (None, None, None, 0)
+    assert ranges(8) == ((0, 7), None, None, 0)
+    assert ranges(9) == ((1, 8), (0, 0), (0, 0), 1)
+    assert ranges(16) == ((8, 15), (0, 7), (0, 7), 1)
+    assert ranges(17) == ((9, 16), (0, 8), (0, 0), 2)
+
+
+def test_rings_say_whose_they_are_and_how_large(make_lm: MakeLM) -> None:
+    rings = {ring.module: ring for ring in forced(hybrid(make_lm)).rings}
+    temporal = rings["transformer.layers.0.base.self_attn"]
+    assert (temporal.role, temporal.heads, temporal.head_dim) == ("temporal", 2, 16)
+    assert temporal.size_bytes == 2 * STREAMS * 2 * CONTEXT * 16 * 4
+    assert rings["depformer.layers.0.self_attn"].role == "depformer"
+
+
+def test_the_codecs_rings_are_told_apart_and_count_their_own_positions() -> None:
+    codec = open_source("tiny").codec()
+    with codec.streaming(1), torch.no_grad():
+        for _ in range(3):
+            codec.encode(torch.zeros(1, 1, 1920))
+        rings = ring_snapshots(codec, prefix="codec", positions_per_step=4)
+        assert {ring.role for ring in rings} == {"codec"}
+        encoder = [ring for ring in rings if "encoder_transformer" in ring.module]
+        assert encoder
+        assert {ring.end_offset for ring in encoder} == {3 * 4}
+        held = held_positions(ring_of(codec.encoder_transformer.transformer.layers[0].self_attn))
+    assert held[0, :12].tolist() == list(range(12))

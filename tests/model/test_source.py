@@ -1,0 +1,185 @@
+"""Model sources, and the weights a training writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moshi_ttt.errors import UserError
+from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.model.build import (
+    LoraConfig,
+    ModelConfig,
+    build_lm,
+    load_trained,
+    save_trained,
+    trainable_groups,
+)
+from moshi_ttt.model.hybrid import hybrid_layers
+from moshi_ttt.model.source import ASSETS, bundled_held_out, open_source
+
+TINY = ASSETS / "tiny"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("moshi.models.loaders.hf_hub_download", refuse)
+
+
+def copy_of_tiny(folder: Path, **changes: object) -> Path:
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_local_folder_loads_like_the_bundle_and_never_asks_the_network(tmp_path: Path) -> None:
+    folder = open_source(str(copy_of_tiny(tmp_path / "mine")))
+    bundle = open_source("tiny")
+    weights = folder.lm().state_dict()
+    assert all(
+        torch.equal(value, weights[name]) for name, value in bundle.lm().state_dict().items()
+    )
+    assert folder.codec_fingerprint == bundle.codec_fingerprint
+    assert folder.clock == bundle.clock
+    assert (folder.n_q, folder.dep_q, folder.text_padding_id) == (16, 8, 3)
+    assert folder.tokenizer().encode("hello") == bundle.tokenizer().encode("hello")
+
+
+def test_bundled_codes_are_only_for_models_that_can_read_them(tmp_path: Path) -> None:
+    codes = ASSETS / "conversations" / "heldout" / "manifest.jsonl"
+    assert bundled_held_out(open_source("tiny")) == codes
+    assert bundled_held_out(open_source("moshi7b-random")) == codes
+    other = copy_of_tiny(tmp_path / "other")
+    with (other / "mimi.safetensors").open("ab") as file:
+        file.write(b"another codec")
+    assert bundled_held_out(open_source(str(other))) == ASSETS / "demo" / "val.jsonl"
+
+
+def test_context_override_reaches_temporal_attention_only() -> None:
+    lm = open_source("tiny").lm(context_steps=20)
+    assert lm.context == 20
+    assert {layer.self_attn.context for layer in lm.transformer.layers} == {20}
+    assert {layer.self_attn.context for layer in lm.depformer.layers} == {None}
+
+
+def test_loading_draws_no_random_numbers() -> None:
+    source = open_source("tiny")
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    source.lm()
+    source.codec()
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_random_7b_says_what_it_is_without_being_built() -> None:
+    source = open_source("moshi7b-random")
+    assert source.random_lm
+    assert source.num_layers == 32
+    assert source.clock.samples_per_step == 1920
+
+
+@pytest.mark.parametrize("name", ["tinny", "./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_unknown_names_are_refused_with_the_ways_to_mend_them(name: str) -> None:
+    with pytest.raises(UserError, match="neither `tiny`"):
+        open_source(name)
+
+
+def test_an_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("moshi.models.loaders.hf_hub_download", offline)
+    with pytest.raises(UserError, match=r"kyutai/moshiko.*local folder"):
+        open_source("kyutai/moshiko-pytorch-bf16")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    folder = copy_of_tiny(tmp_path / "mine")
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.model is missing \(tokenizer_name"):
+        open_source(str(folder))
+
+
+def test_a_config_that_would_add_random_lora_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lora=true"):
+        open_source(str(copy_of_tiny(tmp_path / "mine", lora=True)))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    folder = copy_of_tiny(tmp_path / "mine", moshi_name="model.pt")
+    (folder / "model.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="pickles are not read"):
+        open_source(str(folder))
+
+
+def config(train: str, **more: object) -> ModelConfig:
+    return ModelConfig(
+        source="tiny",
+        dtype="float32",
+        context_steps=40,
+        train=train,
+        memory=MemoryConfig(layers="last:1", heads=2, head_dim=8),
+        lora=LoraConfig(rank=2, targets=("ffn",)),
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "groups"),
+    [
+        ("memory", {"memory", "gates"}),
+        ("lora", {"rest"}),
+        ("memory+lora", {"memory", "gates", "rest"}),
+        ("base", {"rest"}),
+        ("full", {"memory", "gates", "rest"}),
+    ],
+)
+def test_what_trains_is_one_field_and_comes_back_from_its_file(
+    train: str, groups: set[str], tmp_path: Path
+) -> None:
+    source = open_source("tiny")
+    chosen = config(train)
+    lm = build_lm(chosen, source)
+    found = trainable_groups(lm)
+    assert set(found) == groups
+    assert all("lora_" in name for name in found.get("rest", {})) == (train not in ("base", "full"))
+    assert bool(hybrid_layers(lm)) == (train not in ("lora", "base"))
+    with torch.no_grad():
+        for group in found.values():
+            for parameter in group.values():
+                parameter.add_(torch.randn_like(parameter))
+    weights = {name: p.data for group in found.values() for name, p in group.items()}
+    save_trained(tmp_path / "last.safetensors", weights, chosen, trained_steps=188)
+    loaded, _, again, trained_steps = load_trained(tmp_path / "last.ckpt")
+    assert again == chosen
+    assert trained_steps == 188
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in lm.state_dict().items())
+
+
+@pytest.mark.parametrize("train", ["base", "full"])
+def test_training_base_weights_in_bf16_is_refused(train: Any) -> None:
+    with pytest.raises(UserError, match=rf"model\.train={train}.*float32"):
+        ModelConfig(source="tiny", dtype="bfloat16", context_steps=None, train=train)
+
+
+def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_trained(tmp_path / "nothing.ckpt")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_trained(tmp_path / "torn.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="no moshi-ttt weights"):
+        load_trained(tmp_path / "other.safetensors")

@@ -1,0 +1,116 @@
+"""The report's figures of the inside of the layers, and its words about what can be heard."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from synthetic_trace import make_trace
+
+from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.report.audible import audible_finding, audible_section
+from moshi_ttt.report.figures import pixels
+from moshi_ttt.report.inside import inside_figures
+from moshi_ttt.report.text import CAPTIONS
+
+
+def measure(before: float, after: float, half: float) -> dict[str, float]:
+    change = after - before
+    return {
+        "before": before,
+        "after": after,
+        "change": change,
+        "low": change - half,
+        "high": change + half,
+    }
+
+
+def position(**measures: Any) -> dict[str, Any]:
+    return {"names": ["2C", "legacy token 6000"], "step": 750, "measures": measures}
+
+
+def quality(*positions: Any) -> dict[str, Any]:
+    return {"window_sec": 5.0, "audible": True, "positions": list(positions)}
+
+
+def test_a_finding_names_what_changes_and_of_how_many() -> None:
+    one = position(rms=measure(0.1, 0.3, 0.05), distinct_2=measure(0.9, 0.91, 0.2))
+    assert audible_finding(one) == (
+        "2C, legacy token 6000: 1 of 2 measures change: level (RMS) 0.1 to 0.3."
+    )
+    calm = position(rms=measure(0.1, 0.1, 0.05))
+    assert audible_finding(calm).endswith("none of 1 measures of sound, text and codes changes.")
+    single = position(rms=measure(0.1, 0.9, math.nan))
+    assert "too few streams" in audible_finding(single)
+
+
+def test_the_section_has_a_table_and_the_sound(tmp_path: Path) -> None:
+    path = tmp_path / "stream_00_at_2C.wav"
+    soundfile.write(path, np.zeros((24_000, 2)), 24_000)
+    one = position(rms=measure(0.1, 0.3, 0.05), nll_text=measure(2, 2.5, math.nan))
+    text = "\n".join(audible_section(quality(one), [path]))
+    assert "0.1 to 0.3 *" in text
+    assert "2 to 2.5<" in text  # without an interval there is no star
+    assert "stream 00 at 2C" in text
+    assert "data:audio/ogg" in text
+    assert audible_section(quality(), []) == []
+
+
+def measured() -> Trace:
+    trace = make_trace(shape=(2, 4, 900))
+    fields = {name: getattr(trace, name) for name in Trace.__slots__}
+    generator = np.random.default_rng(0)
+    for name in ("input_max", "attention_norm", "ffn_norm"):
+        fields[name] = 1 + generator.random((2, 4, 900))
+    for name in ("fast_weight_norm", "write_gate", "forgetting"):
+        fields[name] = 1 + generator.random((2, 2, 900))
+    fields["step_ms"] = 15 + generator.random(900)
+    fields["attention_mass_layers"] = np.array([0, 3])
+    fields["attention_mass_steps"] = np.arange(0, 900, 25)
+    fields["attention_mass"] = generator.random((2, 2, 36, 3))
+    return Trace(**fields)
+
+
+def test_figures_are_drawn_of_what_was_measured_only() -> None:
+    assert inside_figures(make_trace()) == {}
+    figures = inside_figures(measured())
+    assert set(figures) == {"contributions", "fast_weights", "attention_mass", "pace"}
+    assert set(figures) < set(CAPTIONS)
+    for name, figure in figures.items():
+        picture = pixels(figure)
+        assert picture.shape == (700, 1000, 3), name
+        assert picture.std() > 5, name
+
+
+def test_what_was_not_measured_survives_saving_as_not_measured(tmp_path: Path) -> None:
+    make_trace().save(tmp_path)
+    trace = Trace.load(tmp_path)
+    assert np.isnan(trace.step_ms).all()
+    assert trace.attention_norm.shape == trace.input_norm.shape
+    assert trace.attention_mass.size == 0
+    measured().save(tmp_path)
+    trace = Trace.load(tmp_path)
+    assert trace.attention_mass.shape == (2, 2, 36, 3)
+    assert np.isfinite(trace.step_ms).all()
+
+
+def test_traces_written_before_these_arrays_are_still_read(tmp_path: Path) -> None:
+    trace = make_trace()
+    trace.save(tmp_path)
+    path = tmp_path / "traces.npz"
+    with np.load(path) as data:
+        new = ("step_ms", "attention_norm", "attention_mass", "write_gate")
+        kept = {name: data[name] for name in data.files if name not in new}
+    meta = str(kept["meta"])
+    for field in (', "channels": 0', ', "text_padding_ids": [3, 0]'):
+        assert field in meta
+        meta = meta.replace(field, "")
+    np.savez(path, **kept | {"meta": np.array(meta)})
+    old = Trace.load(tmp_path)
+    assert np.isnan(old.write_gate).all()
+    assert old.channels == 0
+    assert np.isnan(old.input_rms).all()
+    np.testing.assert_array_equal(old.input_norm, trace.input_norm)

@@ -1,0 +1,169 @@
+"""Losses and the NLL metric against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from moshi.models.lm import LMModel, LMOutput
+from torch import Tensor
+
+from moshi_ttt.errors import UserError
+from moshi_ttt.model.hybrid import BranchStats
+from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty, token_nll
+from moshi_ttt.teacher_forcing.nll import PositionNLL
+
+MakeLM = Callable[..., LMModel]
+
+
+def output_with(probability: Tensor, codes: Tensor, text_card: int, card: int) -> LMOutput:
+    """Logits that give every target the probability [B, K, T], and the rest evenly shared."""
+
+    def logits(targets: Tensor, p: Tensor, size: int) -> Tensor:
+        rest = ((1 - p) / (size - 1)).log()
+        spread = rest[..., None].expand(*targets.shape, size).clone()
+        return spread.scatter(-1, targets.clamp(min=0)[..., None], p.log()[..., None])
+
+    mask = codes != -1
+    return LMOutput(
+        logits(codes[:, 1:9], probability[:, 1:9], card),
+        mask[:, 1:9],
+        logits(codes[:, :1], probability[:, :1], text_card),
+        mask[:, :1],
+    )
+
+
+def test_losses_are_means_weighted_and_normalised_by_their_weights(make_lm: MakeLM) -> None:
+    codes = torch.ones(1, 17, 3, dtype=torch.long)
+    codes[0, 0] = torch.tensor([3, 5, 0])  # padding, a word, end of padding
+    probability = torch.full((1, 17, 3), 0.5)
+    probability[0, 0, 1] = 0.25
+    probability[0, 1] = 0.125
+    output = output_with(probability, codes, text_card=20, card=16)
+    text, audio = lm_losses(
+        make_lm(), output, codes, LossConfig(text_padding_weight=0.5, first_codebook_weight=10.0)
+    )
+    # (0.5 ln2 + 1 ln4 + 0.5 ln2) / 2 and (10 ln8 + 7 ln2) / 17
+    assert text.item() == pytest.approx(1.5 * math.log(2), rel=1e-5)
+    assert audio.item() == pytest.approx((10 * 3 + 7) / 17 * math.log(2), rel=1e-5)
+
+
+def test_invalid_positions_with_nan_logits_do_not_reach_loss_or_gradient() -> None:
+    logits = torch.zeros(1, 1, 3, 4)
+    logits[0, 0, 2] = float("nan")
+    logits.requires_grad_()
+    mask = torch.tensor([[[True, True, False]]])
+    nll = token_nll(logits, torch.tensor([[[0, 1, -1]]]), mask)
+    torch.testing.assert_close(nll, torch.tensor([[[math.log(4), math.log(4), 0.0]]]))
+    nll.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[0, 0, 2] == 0).all()
+
+
+def test_a_batch_without_a_single_word_has_a_text_loss_of_zero(make_lm: MakeLM) -> None:
+    codes = torch.ones(1, 17, 3, dtype=torch.long)
+    codes[:, 0] = -1
+    output = output_with(torch.full((1, 17, 3), 0.5), codes, text_card=20, card=16)
+    text, audio = lm_losses(make_lm(), output, codes, LossConfig())
+    assert text.item() == 0
+    assert audio.item() == pytest.approx(math.log(2), rel=1e-5)
+
+
+def stats(ratio: list[float]) -> BranchStats:
+    norm = torch.tensor([ratio], requires_grad=True)
+    return BranchStats(norm, norm, torch.ones(1, len(ratio)), torch.tensor(1.0))
+
+
+def test_magnitude_penalty_is_free_at_first_one_at_the_target_and_quadratic() -> None:
+    quiet, loud = stats([0.0, 0.15]), stats([0.2, 0.25])
+    penalty = magnitude_penalty({1: [quiet], 3: [loud]}, target=0.2)
+    assert penalty.item() == pytest.approx((0 + 0 + 1 + 4) / 4, rel=1e-5)
+    penalty.backward()
+    assert (quiet.norm.grad == 0).all()
+    torch.testing.assert_close(loud.norm.grad, torch.tensor([[2 / 0.05 / 4, 4 / 0.05 / 4]]))
+
+
+def test_positions_without_a_residual_reach_neither_penalty_nor_gradient() -> None:
+    one = stats([0.0, 0.25])
+    one = one._replace(residual_norm=torch.tensor([[0.0, 1.0]]))
+    penalty = magnitude_penalty({0: [one]}, target=0.2)
+    assert penalty.item() == pytest.approx(4, rel=1e-5)
+    penalty.backward()
+    torch.testing.assert_close(one.norm.grad, torch.tensor([[0.0, 4 / 0.05]]))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"magnitude_target": 0.0}, {"text_padding_weight": -1.0}, {"magnitude_reg": -0.1}]
+)
+def test_impossible_loss_settings_name_their_key(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=f"model.loss.{next(iter(wrong))}"):
+        LossConfig(**wrong)
+
+
+def test_position_nll_averages_each_stream_within_its_windows(make_lm: MakeLM) -> None:
+    codes = torch.ones(2, 17, 5, dtype=torch.long)
+    codes[1, :, 3:] = -1  # a shorter row
+    probability = torch.full((2, 17, 5), 0.5)
+    probability[:, 1] = 0.25
+    probability[:, :, 2:] **= 2
+    metric = PositionNLL(window_steps=2, windows=4)
+    metric.update(make_lm(), output_with(probability, codes, 20, 16), codes)
+    ln2 = math.log(2)
+    result = metric.compute()
+    nan = float("nan")
+    expected = {"text": [1, 2, 2, nan], "first_codebook": [2, 4, 4, nan]}
+    for stream, values in {**expected, "other_codebooks": [1, 2, 2, nan]}.items():
+        torch.testing.assert_close(
+            result[stream], torch.tensor(values, dtype=torch.float64) * ln2, equal_nan=True
+        )
+    record = metric.record()
+    assert list(record) == ["window_steps", "start_step", *expected, "other_codebooks"]
+    assert (record["window_steps"], record["start_step"]) == (2, [0, 2, 4, 6])
+    assert record["first_codebook"][:3] == pytest.approx([2 * ln2, 4 * ln2, 4 * ln2])
+    assert math.isnan(record["first_codebook"][3])
+
+
+def test_a_single_window_of_position_nll_is_still_a_list(make_lm: MakeLM) -> None:
+    codes, probability = _four_rows()
+    metric = PositionNLL(window_steps=4, windows=1)
+    metric.update(make_lm(), output_with(probability, codes, 20, 16), codes)
+    record = metric.record()
+    assert record["start_step"] == [0]
+    assert record["text"] == [metric.compute()["text"].item()]
+
+
+def _one_process(rank: int, folder: str) -> None:
+    """Rank 0 sees three rows, rank 1 one: unequal shares must not be averaged as equals."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    metric = PositionNLL(window_steps=2, windows=2)
+    rows = slice(0, 3) if rank == 0 else slice(3, 4)
+    codes, probability = _four_rows()
+    layout = type("Layout", (), {"audio_offset": 1, "dep_q": 8})
+    metric.update(layout, output_with(probability[rows], codes[rows], 20, 16), codes[rows])
+    result = metric.compute()
+    torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _four_rows() -> tuple[Tensor, Tensor]:
+    codes = torch.ones(4, 17, 4, dtype=torch.long)
+    codes[0, :, 1:] = -1
+    probability = torch.linspace(0.1, 0.9, codes.numel()).view(codes.shape)
+    return codes, probability
+
+
+def test_position_nll_of_two_processes_is_that_of_one(make_lm: MakeLM, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_process, args=(str(tmp_path),), nprocs=2)
+    codes, probability = _four_rows()
+    metric = PositionNLL(window_steps=2, windows=2)
+    metric.update(make_lm(), output_with(probability, codes, 20, 16), codes)
+    expected = metric.compute()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for stream, values in expected.items():
+            torch.testing.assert_close(found[stream], values)

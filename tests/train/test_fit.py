@@ -1,0 +1,420 @@
+"""The command line, and what a training run keeps, resumes and leaves alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.model.build import load_trained
+from train.data import ConversationData
+from train.fit import CONFIGS, FitCLI, main
+from train.module import MoshiTTT, OptimConfig
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a run of seconds: 2 recordings of 8 s, clips of 2 s, 4 batches an epoch."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(2):
+        time_sec = np.arange(8 * 24_000) / 24_000
+        pitch_hz = rng.uniform(100, 300, size=2)
+        audio = 0.3 * np.sin(2 * np.pi * pitch_hz * time_sec[:, None] ** 1.2)
+        soundfile.write(folder / f"{number}.wav", audio, 24_000)
+        words = [["hello", [0.5 + t, 0.9 + t], "SPEAKER_MAIN"] for t in range(7)]
+        (folder / f"{number}.json").write_text(json.dumps({"alignments": words}))
+        lines.append(json.dumps({"path": f"{number}.wav", "duration": 8.0}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return [
+        "--config=long60s.yaml",
+        f"--data.manifest={folder}/data.jsonl",
+        f"--data.val_manifest={folder}/data.jsonl",
+        f"--data.cache_dir={folder}/cache",
+        "--data.duration_sec=2",
+        "--data.allow_any_duration=true",
+        "--data.batch_size=2",
+        "--model.context_steps=20",
+        "--model.memory.layers=last:1",
+        "--model.memory.head_dim=8",
+        "--model.memory.mini_batch_steps=5",
+        "--trainer.max_epochs=2",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.accelerator=cpu",
+        "--long_generation.every_n_epochs=0",
+        "--long_generation.run.prompts=1",
+        "--long_generation.run.seeds=1",
+        "--long_generation.run.prompt_sec=1",
+        "--long_generation.run.seconds=4",
+    ]
+
+
+def parse(*args: str) -> FitCLI:
+    return FitCLI(MoshiTTT, ConversationData, args=list(args), run=False, save_config_callback=None)
+
+
+def scalars(run_folder: Path, tag: str) -> list[float]:
+    events = EventAccumulator(str(run_folder))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two safetensors files hold the same; their metadata has no fixed order."""
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def trained(run_folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(run_folder / "checkpoints/last.ckpt", weights_only=True)
+    return checkpoint["state_dict"]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("long*.yaml")))
+@pytest.mark.parametrize(
+    "overlays", [[], ["moshiko.yaml"], ["moshiko.yaml", "moshi7b_random.yaml"]]
+)
+def test_every_shipped_config_loads_alone_and_with_its_overlays(
+    name: str, overlays: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = [part for config in [name, *overlays] for part in ("--config", config)]
+    cli = parse(*args, "--trainer.accelerator=cpu")
+    assert f"long{cli.datamodule.duration_sec:g}s.yaml" == name
+    assert cli.run_folder == Path(f"runs/{name.removesuffix('.yaml')}/000")
+    expected = {0: "tiny", 1: "kyutai/moshiko-pytorch-bf16", 2: "moshi7b-random"}[len(overlays)]
+    assert cli.model.config.source == cli.datamodule.source == expected
+    assert not list(tmp_path.iterdir()), "looking at a config must not write anything"
+
+
+def test_shipped_overlays_are_all_tried() -> None:
+    names = {path.name for path in CONFIGS.iterdir()}
+    assert names - {n for n in names if n.startswith("long")} == {
+        "moshiko.yaml",
+        "moshi7b_random.yaml",
+        "tiny_base.yaml",
+    }
+
+
+def test_the_recipe_of_the_tiny_base_trains_all_of_moshi_and_adds_nothing() -> None:
+    # what it names is built by scripts/bundle/tiny_bundle.sh: stand in what was shipped of it
+    cli = parse(
+        "--config=tiny_base.yaml",
+        "--model.source=tiny",
+        "--data.manifest=assets/conversations/train/manifest.jsonl",
+        "--data.val_manifest=assets/conversations/heldout/manifest.jsonl",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+    )
+    assert cli.model.config.train == "base"
+    assert cli.datamodule.duration_sec == 15
+    assert cli.datamodule.source == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--data.durations_sec=60", "durations_sec"),
+        ("--model.memory.lairs=last:1", "lairs"),
+        ("--data.duration_sec=180", "outside 15..120; use 15-120, or set data.allow_any_duration"),
+        ("--model.memory.layers=last:0", "model.memory.layers"),
+        ("--model.optim.lr_memory=-1", "model.optim.lr_memory=-1"),
+        ("--model.train=everything", "everything"),
+        ("--long_generation.run.prompts=0", "prompts=0 must be at least 1"),
+        ("--data.manifest=nowhere.jsonl", "data.manifest=nowhere.jsonl"),
+        ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt does not exist"),
+        ("--ckpt_path=last", "last.ckpt"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_loaded_and_name_their_key(
+    argument: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.module.build_lm", None)
+    with pytest.raises((SystemExit, UserError)) as error:
+        parse("--config", "long60s.yaml", argument)
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_help_explains_every_field_of_every_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    options = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    ours = [o for o in options if re.match(r"--(model|data|long_generation|checkpoint)\.", o)]
+    assert len(ours) > 45
+    for option in ours:
+        text = re.sub(r"\(type: .*", "", option, flags=re.DOTALL).split(maxsplit=2)
+        if "CONFIG" not in option.split("\n")[0]:
+            assert len(text) == 3, option
+            assert len(text[2].split()) >= 4, option
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.memory.layers=[7]", "use indices in 0..5"),
+        ("--model.memory.heads=3", "must divide the model's 256 channels"),
+        ("--model.source=nope", "model.source='nope'"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_audio_is_encoded(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ConversationData, "prepare_data", None)
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(["--config", "long60s.yaml", argument])
+    assert not list(tmp_path.iterdir())
+
+
+def test_programs_end_with_a_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UserError("a.b=1 must be 2; write 2")
+
+    with pytest.raises(SystemExit) as stop:
+        run_program(fail)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: a.b=1 must be 2; write 2\n"
+
+
+def test_learning_rates_written_as_yaml_floats_without_a_dot_are_numbers() -> None:
+    cli = parse("--config", "long60s.yaml", "--model.optim.lr_memory=2e-6")
+    assert cli.model.optim_config.lr_memory == 2e-6
+
+
+def test_schedule_warms_up_then_decays_to_its_final_fraction() -> None:
+    config = OptimConfig(warmup_fraction=0.1, final_lr_fraction=0.1)
+    factors = [config.factor(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0)
+    assert factors[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
+
+
+def test_a_run_leaves_a_folder_that_evaluation_can_read(small: list[str], tmp_path: Path) -> None:
+    folder = main([*small, f"--run_dir={tmp_path}", "--long_generation.every_n_epochs=2"])
+    for file in (
+        "config.yaml",
+        "report.html",
+        "checkpoints/last.ckpt",
+        "checkpoints/last.safetensors",
+        "checkpoints/best.safetensors",
+        "longgen/epoch_000/traces.npz",
+        "longgen/epoch_002/summary.json",
+        "longgen/epoch_002/events.jsonl",
+        "longgen/epoch_002/nll.json",
+        "longgen/epoch_002/audio/stream_00.wav",
+    ):
+        assert (folder / file).is_file(), file
+    assert not (folder / "longgen/epoch_001").exists()
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "last.safetensors", "best.safetensors"}
+    lm, _, config, trained_steps = load_trained(folder / "checkpoints/last.ckpt")
+    assert trained_steps == 25
+    assert config.context_steps == lm.context == 20
+    weights = lm.state_dict()
+    kept = trained(folder)
+    assert kept
+    assert all(torch.equal(weights[name.removeprefix("lm.")], kept[name]) for name in kept)
+    # a second run gets a folder of its own
+    assert main([*small, f"--run_dir={tmp_path}"]) == tmp_path / "001"
+
+
+def test_best_weights_are_those_of_the_lowest_held_out_loss_over_resumed_runs(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held_out_loss = [3.0, 1.0, 2.0, math.nan, 0.5]  # of each epoch
+    monkeypatch.setattr(
+        MoshiTTT,
+        "on_validation_epoch_end",
+        lambda self: self.log("val/loss", held_out_loss[self.current_epoch]),
+    )
+
+    folder = tmp_path / "000/checkpoints"
+    best, last, copy = folder / "best.safetensors", folder / "last.safetensors", tmp_path / "copy"
+
+    def closing_lines(epochs: int, *arguments: str) -> str:
+        main([*small, f"--run_dir={tmp_path}", f"--trainer.max_epochs={epochs}", *arguments])
+        return capsys.readouterr().out
+
+    assert f"{best} (held-out loss 1.0000, epoch 2)" in closing_lines(2)
+    assert same_weights(best, last)
+    shutil.copy(best, copy)
+    assert "held-out loss 1.0000, epoch 2" in closing_lines(4, "--ckpt_path=last")
+    assert same_weights(best, copy)
+    assert not same_weights(best, last)
+    assert "held-out loss 0.5000, epoch 5" in closing_lines(5, "--ckpt_path=last")
+    assert same_weights(best, last)
+    assert load_trained(best)[3] == 25
+
+
+def test_training_with_and_without_long_generation_gives_identical_weights(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pages and figures are drawn from files, and take ten times as long as the rest
+    monkeypatch.setattr("callbacks.long_generation.write_report", lambda _: None)
+    monkeypatch.setattr("callbacks.long_generation.log_evaluation", lambda *_: None)
+    # dropout makes the weights depend on the random state, which the callback must restore
+    lora = ["--model.train=memory+lora", "--model.lora.rank=2", "--model.lora.dropout=0.5"]
+    with_it = [*small, *lora, "--long_generation.every_n_epochs=1", f"--run_dir={tmp_path}/with"]
+    without = [*small, *lora, f"--run_dir={tmp_path}/without"]
+    first, second = trained(main(with_it)), trained(main(without))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_train_and_only_the_first_generates(small: list[str], tmp_path: Path) -> None:
+    arguments = [
+        *small,
+        f"--run_dir={tmp_path}",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.max_epochs=1",
+        "--long_generation.every_n_epochs=1",
+    ]
+    program = CONFIGS.parent / "train" / "fit.py"
+    subprocess.run([sys.executable, program, *arguments], check=True, timeout=200)
+    folder = tmp_path / "000"
+    assert (folder / "longgen/epoch_001/summary.json").is_file()
+    assert load_trained(folder / "checkpoints/last.ckpt")[3] == 25
+    # 8 windows are 2 batches of 2 for each of the 2 processes
+    assert len(scalars(folder, "train/loss")) == 2
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_padding_after_a_recording_does_not_reach_the_weights(
+    small: list[str], tmp_path: Path, precision: str
+) -> None:
+    # clips of 9 s from 8 s are padded, and padding has no residual in layer 0
+    arguments = ["--data.duration_sec=9", "--model.memory.layers=[0, 3]", f"--run_dir={tmp_path}"]
+    arguments += [f"--trainer.precision={precision}", "--trainer.max_epochs=4"]
+    weights = trained(main([*small, *arguments]))
+    assert any("layers.0.branch.gate" in name for name in weights)
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+class Interrupt(Callback):
+    """Stops like a power cut, after the given optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("at_step", [3, 4, 6])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    small: list[str], tmp_path: Path, at_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # steps 3 and 6 are in the middle of epochs, one after its checkpoint and one at it; 4 is the
+    # last one before the validation of epoch 0. Dropout needs the random state too
+    args = [
+        *small,
+        "--model.train=memory+lora",
+        "--model.lora.rank=2",
+        "--model.lora.dropout=0.5",
+        "--checkpoint.every_n_steps=2",
+    ]
+    uncut = main([*args, f"--run_dir={tmp_path}/whole"])
+    whole = torch.load(uncut / "checkpoints/last.ckpt", weights_only=True)
+    with monkeypatch.context() as patch:
+        fit = FitCLI.instantiate_trainer
+
+        def with_interrupt(self: FitCLI, **kwargs: Any) -> Any:
+            trainer = fit(self, **kwargs)
+            trainer.callbacks.append(Interrupt(at_step))
+            return trainer
+
+        patch.setattr(FitCLI, "instantiate_trainer", with_interrupt)
+        with pytest.raises(RuntimeError, match="power cut"):
+            main([*args, f"--run_dir={tmp_path}/cut"])
+    folder = main([*args, f"--run_dir={tmp_path}/cut", "--ckpt_path=last"])
+    assert folder == tmp_path / "cut/000"
+    resumed = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert resumed["global_step"] == whole["global_step"] == 8
+    best = "checkpoints/best.safetensors"
+    assert same_weights(uncut / best, folder / best)
+    assert scalars(folder, "val/loss") == scalars(uncut, "val/loss")
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
+    moments = whole["optimizer_states"][0]["state"]
+    for index, state in resumed["optimizer_states"][0]["state"].items():
+        assert torch.equal(state["exp_avg_sq"], moments[index]["exp_avg_sq"])
+    assert resumed["lr_schedulers"][0]["last_epoch"] == whole["lr_schedulers"][0]["last_epoch"]
+
+
+def test_resuming_with_another_model_is_refused(small: list[str], tmp_path: Path) -> None:
+    main([*small, f"--run_dir={tmp_path}", "--trainer.max_epochs=1"])
+    with pytest.raises(UserError, match="trains other weights than this config"):
+        main([*small, f"--run_dir={tmp_path}", "--ckpt_path=last", "--model.train=lora"])
+
+
+def test_a_group_without_gradient_is_an_error(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moshi_ttt.model.hybrid import MemoryBranch
+
+    # as an adapter that upstream code silently bypasses would behave
+    forward = MemoryBranch.forward
+    monkeypatch.setattr(
+        MemoryBranch, "forward", lambda self, x, residual: forward(self, x, residual).detach() * 1.0
+    )
+    with pytest.raises((UserError, RuntimeError), match="no gradient reached gates, memory"):
+        main([*small, f"--run_dir={tmp_path}", "--model.train=memory+lora"])
+
+
+def test_memory_learns_and_the_regulariser_keeps_the_ratio_under_its_target(
+    small: list[str], tmp_path: Path
+) -> None:
+    fast = [*small, "--trainer.max_epochs=12", "--model.optim.lr_gates=0.02"]
+    target = ["--model.loss.magnitude_target=0.1", "--trainer.limit_val_batches=0"]
+    kept = main([*fast, *target, "--model.loss.magnitude_reg=1", f"--run_dir={tmp_path}/on"])
+    free = main(
+        [
+            *fast,
+            *target,
+            "--model.loss.magnitude_reg=0",
+            "--model.memory.bounded_readout=false",
+            f"--run_dir={tmp_path}/off",
+        ]
+    )
+    for folder in (kept, free):
+        assert not (folder / "checkpoints/best.safetensors").exists()  # nothing was held out
+        loss = scalars(folder, "train/loss")
+        assert np.mean(loss[-4:]) < np.mean(loss[:4]) - 0.01
+    ratio_kept = scalars(kept, "train/branch_ratio/layer_05")
+    ratio_free = scalars(free, "train/branch_ratio/layer_05")
+    assert ratio_kept[0] == ratio_free[0] == 0
+    assert max(ratio_kept) < 0.1
+    assert ratio_free[-1] > 0.2
+    assert ratio_free[-1] > 1.5 * ratio_free[len(ratio_free) // 3]
