@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.tensorboard import log_evaluation
 from moshi_ttt.errors import UserError
-from moshi_ttt.evaluation.evaluate import LongRunConfig, evaluate
+from moshi_ttt.evaluation.config import LongRunConfig
+from moshi_ttt.evaluation.evaluate import evaluate
 from moshi_ttt.report import write_report
 
 

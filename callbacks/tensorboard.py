@@ -7,7 +7,7 @@ from pathlib import Path
 import soundfile
 from torch.utils.tensorboard import SummaryWriter
 
-from moshi_ttt.evaluation.reading import Evaluation
+from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.report.figures import evaluation_figures, pixels
 
 

@@ -25,26 +25,29 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from moshi.models.lm import LMModel
 from tqdm import tqdm
 
-from moshi_ttt.attribution.evidence import Cell, Condition, Evidence
-from moshi_ttt.attribution.matrix import (
-    MatrixConfig,
+from moshi_ttt.attribution.cells import (
     Streams,
-    conditions,
     load_cell,
     run_cell,
     save_cell,
     streams_from,
     weights_fingerprint,
 )
+from moshi_ttt.attribution.conditions import Cell, Condition
+from moshi_ttt.attribution.evidence import Evidence
+from moshi_ttt.attribution.matrix import MatrixConfig, conditions
 from moshi_ttt.attribution.verdict import Verdict, judge
 from moshi_ttt.data import EncodedRecording, read_recordings
+from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.evaluation.evaluate import choose_prompts, silence_codes
-from moshi_ttt.instruments.trace import write_json
-from moshi_ttt.model.build import Dtype, load_trained
+from moshi_ttt.files import write_json
+from moshi_ttt.generation.prompts import choose_prompts
+from moshi_ttt.generation.users import silence_codes
+from moshi_ttt.model.build import Dtype
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.sinks import AttentionControls
-from moshi_ttt.model.source import ModelSource, bundled_held_out, open_source
+from moshi_ttt.model.source import ModelSource, open_source
+from moshi_ttt.model.weights import load_trained
 from moshi_ttt.report.attribution import write_page
 
 PROBE_STEPS = 40  # generated to measure the speed before the cost is printed

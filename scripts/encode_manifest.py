@@ -30,7 +30,7 @@ from moshi_ttt.data import (
 )
 from moshi_ttt.data.codes_file import CODES_SUFFIX, read_codes, write_codes, written_from
 from moshi_ttt.errors import UserError
-from moshi_ttt.instruments.trace import write_bytes
+from moshi_ttt.files import write_bytes
 from moshi_ttt.model.source import ModelSource, open_source
 
 BATCH_SEC = 3600.0  # encoded with one load of the codec, then written

@@ -17,10 +17,13 @@ import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from moshi_ttt.data import read_recordings
+from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.evaluation.evaluate import LongRunConfig, evaluate
-from moshi_ttt.model.build import Dtype, load_trained
-from moshi_ttt.model.source import bundled_held_out, open_source
+from moshi_ttt.evaluation.config import LongRunConfig
+from moshi_ttt.evaluation.evaluate import evaluate
+from moshi_ttt.model.build import Dtype
+from moshi_ttt.model.source import open_source
+from moshi_ttt.model.weights import load_trained
 from moshi_ttt.report import compare_report, write_report
 
 

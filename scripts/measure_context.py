@@ -12,54 +12,25 @@ OUT/context.png.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
+
+from moshi_ttt.teacher_forcing.contexts import CONTEXT_SEC, TARGET_SEC, nll_behind, stretches
 
 import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
 
 import torch
 from matplotlib.figure import Figure
-from measure_tiny import clips, nll_by_position
 from moshi.models.lm import LMModel
-from torch import Tensor
 
-from moshi_ttt.clock import Clock
-from moshi_ttt.data import EncodedRecording, read_recordings
+from moshi_ttt.data import read_recordings
+from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.instruments.trace import write_bytes, write_json
-from moshi_ttt.model.build import load_trained
-from moshi_ttt.model.source import ModelSource, bundled_held_out, open_source
+from moshi_ttt.files import write_bytes, write_json
+from moshi_ttt.model.source import ModelSource, open_source
+from moshi_ttt.model.weights import load_trained
 from moshi_ttt.report import png
 from moshi_ttt.report.style import legend_below, run_colors, styled
 from moshi_ttt.teacher_forcing.nll import STREAMS
-
-CONTEXT_SEC = (1, 5, 10, 15, 20, 25, 30, 60, 100)  # behind none, every model is surprised
-TARGET_SEC = 5.0
-SPACING_SEC = 40.0  # between two stretches of a recording
-
-
-def stretches(recordings: Sequence[EncodedRecording], clock: Clock) -> list[Tensor]:
-    """What is measured, each behind the longest context, [17, steps]."""
-    steps = clock.steps(max(CONTEXT_SEC)) + clock.steps(TARGET_SEC)
-    return clips(recordings, steps, clock.steps(SPACING_SEC))
-
-
-def nll_behind(lm: LMModel, pieces: Sequence[Tensor], clock: Clock) -> dict[str, list[float]]:
-    """Loss of the ends of `stretches` behind each of `CONTEXT_SEC`.
-
-    Returns:
-        Nats a token by stream of `PositionNLL`, one value a context.
-    """
-    found: dict[str, list[float]] = {stream: [] for stream in STREAMS}
-    counted = clock.steps(TARGET_SEC)
-    for context_sec in CONTEXT_SEC:
-        read = clock.steps(context_sec) + counted
-        record = nll_by_position(
-            lm, [piece[:, -read:] for piece in pieces], counted, read - counted
-        )
-        for stream, values in found.items():
-            values += record[stream]
-    return found
 
 
 @styled

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from moshi_ttt.errors import UserError
-from moshi_ttt.model.build import save_trained
+from moshi_ttt.model.weights import save_trained
 from train.data import ConversationData
 from train.module import MoshiTTT
 

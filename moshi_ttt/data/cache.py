@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moshi_ttt.instruments.trace import write_bytes
+from moshi_ttt.files import write_bytes
 
 FORMAT_VERSION = 1  # raise it when reading, resampling or encoding changes
 

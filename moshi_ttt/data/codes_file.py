@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moshi_ttt.data.text import ZERO_TOKEN
 from moshi_ttt.errors import UserError
-from moshi_ttt.instruments.trace import write_atomic
+from moshi_ttt.files import write_atomic
 from moshi_ttt.model.source import ModelSource
 
 CODES_SUFFIX = ".npz"

@@ -144,16 +144,6 @@ def _audio_around(
     return measure_around(windows, len(sound), measure)
 
 
-def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:
-    """Scalars of `quality.json` by TensorBoard tag."""
-    scalars = {f"longgen/quality/{name}/whole": value for name, value in quality["whole"].items()}
-    for position in quality["positions"]:
-        for name, measure in position["measures"].items():
-            for place in map(_tag, position["names"]):
-                scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
-    return scalars
-
-
 def cut_outs(quality: Mapping[str, Any], wav: np.ndarray, samples_per_step: int) -> dict[str, Any]:
     """Sound around each position, by the first of its names.
 

@@ -16,13 +16,13 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.quality import text_measures
 from moshi_ttt.errors import UserError
 from moshi_ttt.instruments.events import (
+    Event,
     cache_events,
     critical_positions,
     position_event,
     turn_events,
 )
 from moshi_ttt.instruments.recorder import Recorder
-from moshi_ttt.instruments.trace import Event
 
 _LISTED_LAYERS = ("input_norm",)  # of the values by layer; all of them are in events.jsonl
 

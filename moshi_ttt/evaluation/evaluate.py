@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from moshi.models.compression import MimiModel
@@ -20,93 +18,22 @@ from tqdm import tqdm
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
-from moshi_ttt.diagnosis.jumps import find_jumps, position_summary
-from moshi_ttt.diagnosis.listening import decode, listen, quality_scalars, word_starts
-from moshi_ttt.errors import UserError
+from moshi_ttt.diagnosis.jumps import find_jumps
+from moshi_ttt.diagnosis.listening import decode, listen, word_starts
+from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.console import ConsoleLog, event_line
 from moshi_ttt.evaluation.folder import write_audio, write_folder
+from moshi_ttt.evaluation.scalars import position_summary, quality_scalars, recall_scalars
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.generation.prompts import choose_prompts
+from moshi_ttt.generation.users import silence_codes
 from moshi_ttt.instruments.attention_mass import AttentionProbe
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import ModelSource
 from moshi_ttt.teacher_forcing.nll import STREAMS
-from moshi_ttt.teacher_forcing.recall import recall_scalars
 from moshi_ttt.teacher_forcing.recordings import TeacherForced, read_teacher_forced
-
-STEPS_PAST_2C = 150
-"""12 s: how far a run goes beyond the second turn of the ring, unless told otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongRunConfig:
-    """What to generate and how."""
-
-    seconds: float | None = None
-    """Length of the generation in seconds; null runs 150 steps past 2C, the second turn of the
-    ring."""
-    prompts: int = 2
-    """Different starting points, taken from the held-out recordings."""
-    seeds: int = 2
-    """Random continuations of each prompt; prompts x seeds streams run as one batch."""
-    prompt_sec: float = 10.0
-    """Seconds of a recording that are forced before the model runs free; the length of the run or
-    more forces it throughout, which records the model reading instead of talking."""
-    user: Literal["recording", "silence"] = "recording"
-    """What the user does after the prompt: goes on as recorded (then silence), or is silent."""
-    temperature: float = 0.8
-    """Sampling temperature of the audio tokens."""
-    text_temperature: float = 0.7
-    """Sampling temperature of the text tokens."""
-    top_k: int = 250
-    """Audio tokens to sample from."""
-    top_k_text: int = 25
-    """Text tokens to sample from."""
-    seed: int = 0
-    """Seed of the sampling; equal weights and seeds generate equally."""
-    nll_window_sec: float = 5.0
-    """Window of the teacher-forced NLL against position, in seconds."""
-    nll_recordings: int = 12
-    """Held-out recordings that are read teacher-forced, the first ones of their manifest."""
-    audio_streams: int = 1
-    """Generated streams that are decoded to stereo audio (left Moshi, right user)."""
-    quality_window_sec: float = 5.0
-    """Seconds before and after each critical position that text and sound are compared in."""
-    log_interval_steps: int = 0
-    """Steps between two lines of a text log while it runs; critical positions and turns of the
-    ring have lines as well. 0 logs nothing."""
-    attention_layers: tuple[int, ...] = ()
-    """Layers whose attention on the first key, on the first four positions and on the oldest
-    quarter of the ring is computed again now and then; none by default."""
-    attention_every_steps: int = 25
-    """Steps between two looks at that attention."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "prompts",
-            "seeds",
-            "top_k",
-            "top_k_text",
-            "nll_recordings",
-            "attention_every_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"run.{name}={getattr(self, name)} must be at least 1")
-        for name in ("temperature", "text_temperature", "nll_window_sec", "quality_window_sec"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"run.{name}={getattr(self, name)} must be above 0")
-        for name in ("prompt_sec", "audio_streams", "log_interval_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"run.{name}={getattr(self, name)} must be at least 0")
-        if self.seconds is not None and not self.seconds > 0:
-            raise UserError(f"run.seconds={self.seconds} must be above 0")
-
-    def steps(self, clock: Clock, context_steps: int) -> int:
-        """Length of the run in steps."""
-        if self.seconds is not None:
-            return clock.steps(self.seconds)
-        return 2 * context_steps + STEPS_PAST_2C
 
 
 def evaluate(
@@ -243,29 +170,6 @@ def evaluate(
     return scalars
 
 
-def choose_prompts(
-    recordings: Sequence[EncodedRecording], prompts: int, prompt_steps: int
-) -> list[tuple[EncodedRecording, int]]:
-    """Starting points: round robin over the recordings, then evenly spaced within each.
-
-    Raises:
-        UserError: no recording is as long as the prompt.
-    """
-    usable = [one for one in recordings if one.steps >= prompt_steps]
-    if not usable:
-        raise UserError(
-            f"no held-out recording is as long as the prompt of {prompt_steps} steps; lower "
-            "run.prompt_sec or add a longer recording to data.val_manifest"
-        )
-    rounds = -(-prompts // len(usable))
-    starts = []
-    for number in range(prompts):
-        recording = usable[number % len(usable)]
-        room = recording.steps - prompt_steps
-        starts.append((recording, room * (number // len(usable)) // rounds))
-    return starts
-
-
 def _streams(
     starts: Sequence[tuple[EncodedRecording, int]],
     config: LongRunConfig,
@@ -290,11 +194,3 @@ def _streams(
             users.append(user)
             names.append(f"{recording.name} from {clock.seconds(start):.0f} s, seed {seed}")
     return torch.stack(prompts), torch.stack(users), names
-
-
-def silence_codes(codec: MimiModel, clock: Clock, codebooks: int) -> Tensor:
-    """[codebooks, 1] codes that the codec settles on when nothing is said."""
-    silence = torch.zeros(1, 1, clock.steps(4.0) * clock.samples_per_step)
-    with torch.no_grad():
-        codes = codec.encode(silence.to(next(codec.parameters()).device))
-    return codes[0, :codebooks, -1:]

@@ -11,13 +11,16 @@ import json
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moshi_ttt.clock import LEGACY_TOKENS_PER_STEP, Clock
-from moshi_ttt.instruments.trace import CacheSnapshot, Event, Trace, plain, write_bytes
+from moshi_ttt.files import plain, write_bytes
+from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.model.rings import CacheSnapshot
 
 NOTED = (6000, 6001, 6100)
 """Positions that the research notes name; each is read both as a step and as a legacy token."""
@@ -214,3 +217,24 @@ def _middle(values: np.ndarray) -> float | None:
     """Median of what was measured; None if nothing was."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened at one step of a generation."""
+
+    kind: str
+    """`cache_created`, `first_eviction`, `ring_turn`, `critical_position`, `jump`; a live log also
+    has `progress`."""
+    step: int
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def record(self, clock: Clock) -> dict[str, Any]:
+        """The line of `events.jsonl`, with the position in all three clocks."""
+        return {
+            "event": self.kind,
+            "step": self.step,
+            "seconds": clock.seconds(self.step),
+            "legacy_token": clock.legacy_tokens(self.step),
+            **self.detail,
+        }

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from moshi_ttt.instruments.attention_mass import AttentionProbe
 from moshi_ttt.instruments.latency import StepTimer
-from moshi_ttt.instruments.trace import CacheSnapshot
 from moshi_ttt.memory import GatedDelta
 from moshi_ttt.model.hybrid import HybridLayer, hybrid_layers
-from moshi_ttt.model.rings import attention_of, ring_of, ring_snapshots, snapshot
+from moshi_ttt.model.rings import CacheSnapshot, attention_of, ring_of, ring_snapshots, snapshot
 
 FAST_WEIGHT_STRIDE = 16
 """Steps between two looks at the fast weights: they are hundreds of MiB on Moshi 7B and change

@@ -9,161 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
 from moshi_ttt.clock import LEGACY_TOKENS_PER_STEP, Clock
 from moshi_ttt.errors import UserError
-
-
-def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content`, atomically."""
-    write_atomic(path, lambda file: file.write(content))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; NaN becomes null."""
-    text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
-    write_bytes(path, text.encode())
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold: dataclasses as dicts, arrays as lists, NaN and infinities as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSnapshot:
-    """One KV ring as it stands after a number of steps.
-
-    Position p is written to slot p modulo capacity; sinks, if there are any, have slots of their
-    own before these. Ranges are [first, last], both included.
-    """
-
-    module: str
-    """Path of the attention that owns the ring, e.g. `transformer.layers.3.self_attn`."""
-    end_offset: int  # positions written since reset
-    capacity: int  # positions
-    heads: int = 0  # of the keys; 0 if unknown, as the two below
-    head_dim: int = 0
-    size_bytes: int = 0
-    sinks: int = 0
-    """First positions that are never evicted; 0 in moshi's own rings."""
-    positions_per_step: int = 1
-    """Positions that one step writes: 2 in Mimi's transformers (25 Hz)."""
-
-    @property
-    def role(self) -> str:
-        """Whose ring it is: `temporal`, `depformer`, `codec`, or the first part of the path."""
-        root = self.module.split(".")[0]
-        return "temporal" if root == "transformer" else root
-
-    @property
-    def evicted_steps(self) -> int:
-        """Steps that have been overwritten and can no longer be attended to."""
-        return max(0, self.end_offset - self.sinks - self.capacity)
-
-    @property
-    def wraps(self) -> int:
-        """Completed turns of the ring: times a write went back to its first slot."""
-        return max(0, self.end_offset - self.sinks - 1) // self.capacity
-
-    @property
-    def valid_positions(self) -> tuple[int, int] | None:
-        """The newest positions, all of them held; None while the ring is empty.
-
-        Sinks are held besides.
-        """
-        if self.end_offset == 0:
-            return None
-        return (0 if self.evicted_steps == 0 else self.end_offset - self.capacity), (
-            self.end_offset - 1
-        )
-
-    @property
-    def lost_positions(self) -> tuple[int, int] | None:
-        """Positions that were held once and are no longer; None if there are none."""
-        if self.evicted_steps == 0:
-            return None
-        return self.sinks, self.sinks + self.evicted_steps - 1
-
-    @property
-    def overwritten_slots(self) -> tuple[int, int] | None:
-        """Slots that the present turn of the ring has written over; None in the first turn."""
-        if self.evicted_steps == 0:
-            return None
-        return self.sinks, self.sinks + (self.evicted_steps - 1) % self.capacity
-
-    def record(self) -> dict[str, Any]:
-        """The ring in `summary.json`."""
-        return {
-            "module": self.module,
-            "role": self.role,
-            "capacity": self.capacity,
-            "end_offset": self.end_offset,
-            "evicted_steps": self.evicted_steps,
-            "wraps": self.wraps,
-            "valid_positions": self.valid_positions,
-            "lost_positions": self.lost_positions,
-            "overwritten_slots": self.overwritten_slots,
-            "sinks": self.sinks,
-            "heads": self.heads,
-            "head_dim": self.head_dim,
-            "size_bytes": self.size_bytes,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened at one step of a generation."""
-
-    kind: str
-    """`cache_created`, `first_eviction`, `ring_turn`, `critical_position`, `jump`; a live log also
-    has `progress`."""
-    step: int
-    detail: dict[str, Any] = field(default_factory=dict)
-
-    def record(self, clock: Clock) -> dict[str, Any]:
-        """The line of `events.jsonl`, with the position in all three clocks."""
-        return {
-            "event": self.kind,
-            "step": self.step,
-            "seconds": clock.seconds(self.step),
-            "legacy_token": clock.legacy_tokens(self.step),
-            **self.detail,
-        }
+from moshi_ttt.files import plain, write_atomic
+from moshi_ttt.model.rings import CacheSnapshot
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

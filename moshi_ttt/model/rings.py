@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from moshi.modules.streaming import StreamingModule
 from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import Tensor, nn
-
-from moshi_ttt.instruments.trace import CacheSnapshot
 
 
 def attention_of(layer: nn.Module) -> StreamingMultiheadAttention:
@@ -77,3 +76,84 @@ def held_positions(ring: Any) -> Tensor:
     turning = torch.where(ages <= newest, end - 1 - ages, -1)
     kept = torch.arange(sinks, device=end.device)
     return torch.cat([torch.where(kept < end, kept, -1), turning], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSnapshot:
+    """One KV ring as it stands after a number of steps.
+
+    Position p is written to slot p modulo capacity; sinks, if there are any, have slots of their
+    own before these. Ranges are [first, last], both included.
+    """
+
+    module: str
+    """Path of the attention that owns the ring, e.g. `transformer.layers.3.self_attn`."""
+    end_offset: int  # positions written since reset
+    capacity: int  # positions
+    heads: int = 0  # of the keys; 0 if unknown, as the two below
+    head_dim: int = 0
+    size_bytes: int = 0
+    sinks: int = 0
+    """First positions that are never evicted; 0 in moshi's own rings."""
+    positions_per_step: int = 1
+    """Positions that one step writes: 2 in Mimi's transformers (25 Hz)."""
+
+    @property
+    def role(self) -> str:
+        """Whose ring it is: `temporal`, `depformer`, `codec`, or the first part of the path."""
+        root = self.module.split(".")[0]
+        return "temporal" if root == "transformer" else root
+
+    @property
+    def evicted_steps(self) -> int:
+        """Steps that have been overwritten and can no longer be attended to."""
+        return max(0, self.end_offset - self.sinks - self.capacity)
+
+    @property
+    def wraps(self) -> int:
+        """Completed turns of the ring: times a write went back to its first slot."""
+        return max(0, self.end_offset - self.sinks - 1) // self.capacity
+
+    @property
+    def valid_positions(self) -> tuple[int, int] | None:
+        """The newest positions, all of them held; None while the ring is empty.
+
+        Sinks are held besides.
+        """
+        if self.end_offset == 0:
+            return None
+        return (0 if self.evicted_steps == 0 else self.end_offset - self.capacity), (
+            self.end_offset - 1
+        )
+
+    @property
+    def lost_positions(self) -> tuple[int, int] | None:
+        """Positions that were held once and are no longer; None if there are none."""
+        if self.evicted_steps == 0:
+            return None
+        return self.sinks, self.sinks + self.evicted_steps - 1
+
+    @property
+    def overwritten_slots(self) -> tuple[int, int] | None:
+        """Slots that the present turn of the ring has written over; None in the first turn."""
+        if self.evicted_steps == 0:
+            return None
+        return self.sinks, self.sinks + (self.evicted_steps - 1) % self.capacity
+
+    def record(self) -> dict[str, Any]:
+        """The ring in `summary.json`."""
+        return {
+            "module": self.module,
+            "role": self.role,
+            "capacity": self.capacity,
+            "end_offset": self.end_offset,
+            "evicted_steps": self.evicted_steps,
+            "wraps": self.wraps,
+            "valid_positions": self.valid_positions,
+            "lost_positions": self.lost_positions,
+            "overwritten_slots": self.overwritten_slots,
+            "sinks": self.sinks,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "size_bytes": self.size_bytes,
+        }

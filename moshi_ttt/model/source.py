@@ -140,20 +140,6 @@ class ModelSource:
         return digest.hexdigest()
 
 
-def bundled_held_out(source: ModelSource) -> Path:
-    """Manifest of the bundled held-out conversations as a model can read them.
-
-    Codes of all of them for the bundled codec and tokenizer, the audio of one for any other.
-    """
-    bundle = open_source(TINY)
-    if (source.codec_fingerprint, source.tokenizer_fingerprint) == (
-        bundle.codec_fingerprint,
-        bundle.tokenizer_fingerprint,
-    ):
-        return ASSETS / "conversations" / "heldout" / "manifest.jsonl"
-    return ASSETS / "demo" / "val.jsonl"
-
-
 def open_source(name: str) -> ModelSource:
     """Find a model by name; reads configs, not weights.
 

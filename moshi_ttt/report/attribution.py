@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moshi_ttt.attribution.evidence import Cell, Condition, Evidence
+from moshi_ttt.attribution.conditions import Cell, Condition
+from moshi_ttt.attribution.evidence import Evidence
 from moshi_ttt.attribution.verdict import Verdict
 from moshi_ttt.clock import Clock
-from moshi_ttt.instruments.trace import write_bytes
+from moshi_ttt.files import write_bytes
 from moshi_ttt.report import html
 from moshi_ttt.report.figures import png
 from moshi_ttt.report.style import COLORS, JUMP_COLOR, mark, middle, position_axis, styled

@@ -14,8 +14,9 @@ import numpy as np
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import ratios_at, spans
-from moshi_ttt.evaluation.reading import Evaluation, find_evaluations, unique_labels
-from moshi_ttt.instruments.trace import Trace, write_bytes
+from moshi_ttt.evaluation.folder import Evaluation, find_evaluations, unique_labels
+from moshi_ttt.files import write_bytes
+from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section
 from moshi_ttt.report.figures import evaluation_figures, png

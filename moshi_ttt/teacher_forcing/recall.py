@@ -119,15 +119,6 @@ def recall_record(metric: ProbeRecall) -> dict[str, list[float]] | None:
     }
 
 
-def recall_scalars(record: dict[str, list[float]]) -> dict[str, float]:
-    """Accuracy and NLL of each bin by TensorBoard tag."""
-    return {
-        f"longgen/recall/{name}/gap_{gap:04g}": value
-        for name in ("accuracy", "nll")
-        for gap, value in zip(record["gap_sec"], record[name], strict=True)
-    }
-
-
 def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
     """Interval of a share seen in `count` trials; unlike the normal one it stays within 0..1."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)

@@ -20,7 +20,7 @@ from moshi.models import MimiModel, loaders
 from moshi.quantization.core_vq import EuclideanCodebook
 from torch import Tensor, nn
 
-from moshi_ttt.instruments.trace import write_bytes, write_json
+from moshi_ttt.files import write_bytes, write_json
 
 CARD = 512
 CODEC_DIM = 128

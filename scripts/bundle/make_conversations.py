@@ -37,7 +37,7 @@ from voices import (
 )
 
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.instruments.trace import write_atomic, write_bytes
+from moshi_ttt.files import write_atomic, write_bytes
 
 SPLITS = ("train", "heldout")
 FORMATS = ("flac", "ogg", "wav")

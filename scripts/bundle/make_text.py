@@ -32,7 +32,7 @@ from moshi_ttt.data.codes_file import CODES_SUFFIX, write_codes
 from moshi_ttt.data.manifest import raise_together
 from moshi_ttt.data.text import ZERO_TOKEN, text_stream
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.instruments.trace import write_bytes
+from moshi_ttt.files import write_bytes
 from moshi_ttt.model.source import ModelSource, open_source
 
 MINUTES = (3.0, 15.0)

@@ -27,9 +27,9 @@ from moshi.models import LMModel, loaders
 from torch import Tensor, nn
 
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.instruments.trace import write_bytes, write_json
-from moshi_ttt.model.build import load_trained
+from moshi_ttt.files import write_bytes, write_json
 from moshi_ttt.model.source import open_source
+from moshi_ttt.model.weights import load_trained
 
 TEXT_CARD = 1000
 DIM = 256

@@ -41,7 +41,7 @@ from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codes import encode_recording, visible_past_steps
 from moshi_ttt.data.manifest import raise_together
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.instruments.trace import write_atomic, write_json
+from moshi_ttt.files import write_atomic, write_json
 
 _GAP_SEC = 0.4  # between words: cut there
 _MARGIN_SEC = 0.15  # kept around what is cut

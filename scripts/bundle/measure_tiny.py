@@ -16,57 +16,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moshi_ttt.teacher_forcing.contexts import clips, nll_by_position
+
 import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
 
 import numpy as np
 import torch
-from moshi.models.lm import LMModel
-from torch import Tensor
-from tqdm import tqdm
 
 from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.evaluation.evaluate import LongRunConfig, evaluate
-from moshi_ttt.evaluation.reading import Evaluation
-from moshi_ttt.instruments.trace import write_bytes, write_json
+from moshi_ttt.evaluation.config import LongRunConfig
+from moshi_ttt.evaluation.evaluate import evaluate
+from moshi_ttt.evaluation.folder import Evaluation
+from moshi_ttt.files import write_bytes, write_json
 from moshi_ttt.model.source import ASSETS, open_source
 from moshi_ttt.report import png, recall_figure
 from moshi_ttt.report.figures import nll_figure, norm_figure
 from moshi_ttt.report.recall import gap_positions
-from moshi_ttt.teacher_forcing.nll import STREAMS, PositionNLL
-from moshi_ttt.teacher_forcing.recordings import cut, read_teacher_forced
+from moshi_ttt.teacher_forcing.nll import STREAMS
+from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 
 CONVERSATIONS = ASSETS / "conversations"
 CLIP_SEC = 15.0  # what the LM was trained on
 WINDOW_SEC = 5.0
 NLL_RECORDINGS = 12  # the first ones, for loss and recall of whole recordings
 SPACING_SEC = 23.0  # between the starts of two stretches, and ahead of the first
-BATCH = 4
-
-
-def clips(
-    recordings: Sequence[EncodedRecording], steps: int, every_steps: int, first_step: int = 0
-) -> list[Tensor]:
-    """Full stretches of `steps` of all recordings, one every `every_steps`, [17, steps] each."""
-    return [
-        one.codes[:, start : start + steps]
-        for one in recordings
-        for start in range(first_step, one.steps - steps + 1, every_steps)
-    ]
-
-
-@torch.no_grad()
-def nll_by_position(
-    lm: LMModel, pieces: Sequence[Tensor], window_steps: int, skip_steps: int = 0
-) -> dict[str, Any]:
-    """Teacher-forced NLL of pieces [17, T] behind `skip_steps`, as `PositionNLL.record` has it."""
-    steps = pieces[0].shape[-1]
-    metric = PositionNLL(window_steps, -(-(steps - skip_steps) // window_steps)).to(lm.device)
-    for first in tqdm(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
-        codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
-        counted = slice(skip_steps, None)
-        metric.update(lm, cut(lm(codes), counted), codes[..., counted])
-    return metric.record()
 
 
 def rows_of(stream: str, own_codebooks: int) -> range:

@@ -13,17 +13,16 @@ import pytest
 import torch
 from moshi.models.lm import LMModel
 
-from moshi_ttt.attribution.evidence import Condition
-from moshi_ttt.attribution.matrix import (
-    MatrixConfig,
+from moshi_ttt.attribution.cells import (
     Streams,
-    conditions,
     load_cell,
     run_cell,
     save_cell,
     streams_from,
     weights_fingerprint,
 )
+from moshi_ttt.attribution.conditions import Condition
+from moshi_ttt.attribution.matrix import MatrixConfig, conditions
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig

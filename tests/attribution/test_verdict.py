@@ -17,10 +17,11 @@ from moshi_ttt.attribution.changepoint import (
     onset,
     resampled_weights,
 )
-from moshi_ttt.attribution.evidence import Cell, Condition, Evidence
+from moshi_ttt.attribution.conditions import Cell, Condition
+from moshi_ttt.attribution.evidence import Evidence
 from moshi_ttt.attribution.verdict import Verdict, judge
 from moshi_ttt.clock import Clock
-from moshi_ttt.instruments.trace import write_json
+from moshi_ttt.files import write_json
 
 CAPACITIES = (150, 225, 300)
 STEPS = 750

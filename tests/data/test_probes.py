@@ -21,19 +21,15 @@ from torch.utils.tensorboard import SummaryWriter
 from callbacks.tensorboard import log_evaluation
 from moshi_ttt.data import EncodedRecording, Probe, RecordingReader, check_manifest, read_manifest
 from moshi_ttt.errors import UserError
-from moshi_ttt.evaluation.evaluate import LongRunConfig, evaluate
-from moshi_ttt.instruments.trace import write_json
+from moshi_ttt.evaluation.config import LongRunConfig
+from moshi_ttt.evaluation.evaluate import evaluate
+from moshi_ttt.evaluation.scalars import recall_scalars
+from moshi_ttt.files import write_json
 from moshi_ttt.model.source import open_source
 from moshi_ttt.report import compare_report, write_report
 from moshi_ttt.report.figures import pixels
 from moshi_ttt.report.recall import gap_positions, recall_figure, recall_finding
-from moshi_ttt.teacher_forcing.recall import (
-    ProbeRecall,
-    gap_bin,
-    recall_record,
-    recall_scalars,
-    wilson_interval,
-)
+from moshi_ttt.teacher_forcing.recall import ProbeRecall, gap_bin, recall_record, wilson_interval
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 
 MakeLM = Callable[..., Any]

@@ -10,10 +10,13 @@ import pytest
 from synthetic_trace import make_trace, noise
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.diagnosis.jumps import Jump, find_jumps, position_summary, ratios_at, spans
+from moshi_ttt.diagnosis.jumps import Jump, find_jumps, ratios_at, spans
 from moshi_ttt.diagnosis.rises import p_value
 from moshi_ttt.errors import UserError
-from moshi_ttt.instruments.trace import Event, Trace, write_json
+from moshi_ttt.evaluation.scalars import position_summary
+from moshi_ttt.files import write_json
+from moshi_ttt.instruments.events import Event
+from moshi_ttt.instruments.trace import Trace
 
 SHAPE = (4, 4, 900)  # streams, layers, steps: what the tiny model's default evaluation records
 TRIALS = 60

@@ -11,14 +11,10 @@ import torch
 from synthetic_trace import make_trace
 
 from moshi_ttt.diagnosis.jumps import find_jumps
-from moshi_ttt.diagnosis.listening import (
-    cut_outs,
-    listen,
-    listening_positions,
-    quality_scalars,
-    word_starts,
-)
-from moshi_ttt.instruments.trace import Trace, plain
+from moshi_ttt.diagnosis.listening import cut_outs, listen, listening_positions, word_starts
+from moshi_ttt.evaluation.scalars import quality_scalars
+from moshi_ttt.files import plain
+from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.source import open_source
 
 NLL = {

@@ -15,7 +15,9 @@ import torch
 
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
-from moshi_ttt.evaluation.evaluate import LongRunConfig, choose_prompts, evaluate
+from moshi_ttt.evaluation.config import LongRunConfig
+from moshi_ttt.evaluation.evaluate import evaluate
+from moshi_ttt.generation.prompts import choose_prompts
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers

@@ -11,8 +11,12 @@ import soundfile
 from scipy.signal import lfilter
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.diagnosis.jumps import find_jumps, position_summary
-from moshi_ttt.instruments.trace import CacheSnapshot, Event, Trace, write_json
+from moshi_ttt.diagnosis.jumps import find_jumps
+from moshi_ttt.evaluation.scalars import position_summary
+from moshi_ttt.files import write_json
+from moshi_ttt.instruments.events import Event
+from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.model.rings import CacheSnapshot
 
 
 def noise(

@@ -26,9 +26,10 @@ from moshi_ttt.instruments.events import (
     write_events,
 )
 from moshi_ttt.instruments.recorder import Recorder
-from moshi_ttt.instruments.trace import CacheSnapshot, Trace
+from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.hybrid import add_memory
+from moshi_ttt.model.rings import CacheSnapshot
 
 STREAMS, STEPS, CONTEXT = 2, 60, 16
 

@@ -15,10 +15,15 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.instruments.attention_mass import AttentionProbe
 from moshi_ttt.instruments.recorder import FAST_WEIGHT_STRIDE, Recorder
-from moshi_ttt.instruments.trace import CacheSnapshot
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers, observe_branches
-from moshi_ttt.model.rings import attention_of, held_positions, ring_of, ring_snapshots
+from moshi_ttt.model.rings import (
+    CacheSnapshot,
+    attention_of,
+    held_positions,
+    ring_of,
+    ring_snapshots,
+)
 from moshi_ttt.model.sinks import AttentionControls, SinkRing
 from moshi_ttt.model.source import open_source
 

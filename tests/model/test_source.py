@@ -11,18 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
-from moshi_ttt.model.build import (
-    LoraConfig,
-    ModelConfig,
-    build_lm,
-    load_trained,
-    save_trained,
-    trainable_groups,
-)
+from moshi_ttt.model.build import LoraConfig, ModelConfig, build_lm, trainable_groups
 from moshi_ttt.model.hybrid import hybrid_layers
-from moshi_ttt.model.source import ASSETS, bundled_held_out, open_source
+from moshi_ttt.model.source import ASSETS, open_source
+from moshi_ttt.model.weights import load_trained, save_trained
 
 TINY = ASSETS / "tiny"
 

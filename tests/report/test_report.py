@@ -15,8 +15,9 @@ from synthetic_trace import make_trace, write_evaluation
 
 from moshi_ttt.diagnosis.jumps import find_jumps
 from moshi_ttt.errors import UserError
-from moshi_ttt.evaluation.reading import find_evaluations
-from moshi_ttt.instruments.trace import CacheSnapshot, Trace
+from moshi_ttt.evaluation.folder import find_evaluations
+from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.model.rings import CacheSnapshot
 from moshi_ttt.report import compare_report, html, write_report
 from moshi_ttt.report.figures import (
     evaluation_figures,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.model.build import load_trained
+from moshi_ttt.model.weights import load_trained
 from train.data import ConversationData
 from train.fit import CONFIGS, FitCLI, main
 from train.module import MoshiTTT, OptimConfig

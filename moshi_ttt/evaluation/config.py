@@ -1,0 +1,82 @@
+"""What to generate and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moshi_ttt.clock import Clock
+from moshi_ttt.errors import UserError
+
+STEPS_PAST_2C = 150
+"""12 s: how far a run goes beyond the second turn of the ring, unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRunConfig:
+    """What to generate and how."""
+
+    seconds: float | None = None
+    """Length of the generation in seconds; null runs 150 steps past 2C, the second turn of the
+    ring."""
+    prompts: int = 2
+    """Different starting points, taken from the held-out recordings."""
+    seeds: int = 2
+    """Random continuations of each prompt; prompts x seeds streams run as one batch."""
+    prompt_sec: float = 10.0
+    """Seconds of a recording that are forced before the model runs free; the length of the run or
+    more forces it throughout, which records the model reading instead of talking."""
+    user: Literal["recording", "silence"] = "recording"
+    """What the user does after the prompt: goes on as recorded (then silence), or is silent."""
+    temperature: float = 0.8
+    """Sampling temperature of the audio tokens."""
+    text_temperature: float = 0.7
+    """Sampling temperature of the text tokens."""
+    top_k: int = 250
+    """Audio tokens to sample from."""
+    top_k_text: int = 25
+    """Text tokens to sample from."""
+    seed: int = 0
+    """Seed of the sampling; equal weights and seeds generate equally."""
+    nll_window_sec: float = 5.0
+    """Window of the teacher-forced NLL against position, in seconds."""
+    nll_recordings: int = 12
+    """Held-out recordings that are read teacher-forced, the first ones of their manifest."""
+    audio_streams: int = 1
+    """Generated streams that are decoded to stereo audio (left Moshi, right user)."""
+    quality_window_sec: float = 5.0
+    """Seconds before and after each critical position that text and sound are compared in."""
+    log_interval_steps: int = 0
+    """Steps between two lines of a text log while it runs; critical positions and turns of the
+    ring have lines as well. 0 logs nothing."""
+    attention_layers: tuple[int, ...] = ()
+    """Layers whose attention on the first key, on the first four positions and on the oldest
+    quarter of the ring is computed again now and then; none by default."""
+    attention_every_steps: int = 25
+    """Steps between two looks at that attention."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "prompts",
+            "seeds",
+            "top_k",
+            "top_k_text",
+            "nll_recordings",
+            "attention_every_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"run.{name}={getattr(self, name)} must be at least 1")
+        for name in ("temperature", "text_temperature", "nll_window_sec", "quality_window_sec"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"run.{name}={getattr(self, name)} must be above 0")
+        for name in ("prompt_sec", "audio_streams", "log_interval_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"run.{name}={getattr(self, name)} must be at least 0")
+        if self.seconds is not None and not self.seconds > 0:
+            raise UserError(f"run.seconds={self.seconds} must be above 0")
+
+    def steps(self, clock: Clock, context_steps: int) -> int:
+        """Length of the run in steps."""
+        if self.seconds is not None:
+            return clock.steps(self.seconds)
+        return 2 * context_steps + STEPS_PAST_2C

@@ -1,0 +1,89 @@
+"""Trained weights as safetensors, with what is needed to use them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from moshi.models.lm import LMModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from moshi_ttt.errors import UserError
+from moshi_ttt.files import write_bytes
+from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.model.build import ModelConfig, build_lm, trainable_groups
+from moshi_ttt.model.lora import LoraConfig
+from moshi_ttt.model.source import ModelSource, open_source
+
+
+def save_trained(
+    path: Path, weights: dict[str, Tensor], config: ModelConfig, trained_steps: int
+) -> None:
+    """Write trainable weights as safetensors, atomically, with what is needed to use them.
+
+    Args:
+        path: file to write.
+        weights: trainable parameters by their name in the LM.
+        config: how the model was built.
+        trained_steps: clip length of the training, in steps.
+    """
+    metadata = {
+        "format": "moshi-ttt 1",
+        "config": json.dumps(dataclasses.asdict(config)),
+        "trained_steps": str(trained_steps),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_bytes(path, save(tensors, metadata))
+
+
+def load_trained(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[LMModel, ModelSource, ModelConfig, int]:
+    """Build the model of a file that `save_trained` wrote, and load its weights.
+
+    Args:
+        path: the `.safetensors` file, or the Lightning checkpoint it lies beside.
+        device: where to put the model.
+
+    Returns:
+        LM in eval mode, its source, its config, and the clip length it was trained on in steps.
+
+    Raises:
+        UserError: no such file, or not one of ours.
+    """
+    path = path.with_suffix(".safetensors")
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist; give RUN/checkpoints/last.ckpt or the .safetensors beside it"
+        )
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); copy it again") from error
+    if metadata.get("format") != "moshi-ttt 1":
+        raise UserError(f"{path} holds no moshi-ttt weights; give a file of RUN/checkpoints")
+    config = _config_from_dict(json.loads(metadata["config"]))
+    source = open_source(config.source)
+    lm = build_lm(config, source, device)
+    expected = {name for group in trainable_groups(lm).values() for name in group}
+    if expected != weights.keys():
+        raise UserError(f"{path} does not fit its own config; it was written by another version")
+    lm.load_state_dict(weights, strict=False)
+    return lm.eval(), source, config, int(metadata["trained_steps"])
+
+
+def _config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    def tuples(part: dict[str, Any]) -> dict[str, Any]:
+        # JSON has no tuples, and the configs have no other sequences
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in part.items()}
+
+    memory = MemoryConfig(**tuples(values.pop("memory")))
+    lora = LoraConfig(**tuples(values.pop("lora")))
+    return ModelConfig(**values, memory=memory, lora=lora)

@@ -1,0 +1,78 @@
+"""The same seconds behind contexts of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+import torch
+from moshi.models.lm import LMModel
+from torch import Tensor
+from tqdm import tqdm
+
+from moshi_ttt.clock import Clock
+from moshi_ttt.data import EncodedRecording
+from moshi_ttt.teacher_forcing.contexts import clips, nll_by_position
+from moshi_ttt.teacher_forcing.nll import STREAMS, PositionNLL
+from moshi_ttt.teacher_forcing.recordings import cut
+
+BATCH = 4
+
+
+def clips(
+    recordings: Sequence[EncodedRecording], steps: int, every_steps: int, first_step: int = 0
+) -> list[Tensor]:
+    """Full stretches of `steps` of all recordings, one every `every_steps`, [17, steps] each."""
+    return [
+        one.codes[:, start : start + steps]
+        for one in recordings
+        for start in range(first_step, one.steps - steps + 1, every_steps)
+    ]
+
+
+@torch.no_grad()
+def nll_by_position(
+    lm: LMModel, pieces: Sequence[Tensor], window_steps: int, skip_steps: int = 0
+) -> dict[str, Any]:
+    """Teacher-forced NLL of pieces [17, T] behind `skip_steps`, as `PositionNLL.record` has it."""
+    steps = pieces[0].shape[-1]
+    metric = PositionNLL(window_steps, -(-(steps - skip_steps) // window_steps)).to(lm.device)
+    for first in tqdm(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
+        codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
+        counted = slice(skip_steps, None)
+        metric.update(lm, cut(lm(codes), counted), codes[..., counted])
+    return metric.record()
+
+
+CONTEXT_SEC = (1, 5, 10, 15, 20, 25, 30, 60, 100)  # behind none, every model is surprised
+
+
+TARGET_SEC = 5.0
+
+
+SPACING_SEC = 40.0  # between two stretches of a recording
+
+
+def stretches(recordings: Sequence[EncodedRecording], clock: Clock) -> list[Tensor]:
+    """What is measured, each behind the longest context, [17, steps]."""
+    steps = clock.steps(max(CONTEXT_SEC)) + clock.steps(TARGET_SEC)
+    return clips(recordings, steps, clock.steps(SPACING_SEC))
+
+
+def nll_behind(lm: LMModel, pieces: Sequence[Tensor], clock: Clock) -> dict[str, list[float]]:
+    """Loss of the ends of `stretches` behind each of `CONTEXT_SEC`.
+
+    Returns:
+        Nats a token by stream of `PositionNLL`, one value a context.
+    """
+    found: dict[str, list[float]] = {stream: [] for stream in STREAMS}
+    counted = clock.steps(TARGET_SEC)
+    for context_sec in CONTEXT_SEC:
+        read = clock.steps(context_sec) + counted
+        record = nll_by_position(
+            lm, [piece[:, -read:] for piece in pieces], counted, read - counted
+        )
+        for stream, values in found.items():
+            values += record[stream]
+    return found
