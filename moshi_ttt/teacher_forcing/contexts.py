@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-
 
 import torch
 from moshi.models.lm import LMModel
@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
-from moshi_ttt.teacher_forcing.contexts import clips, nll_by_position
 from moshi_ttt.teacher_forcing.nll import STREAMS, PositionNLL
 from moshi_ttt.teacher_forcing.recordings import cut
 
@@ -45,34 +44,40 @@ def nll_by_position(
     return metric.record()
 
 
-CONTEXT_SEC = (1, 5, 10, 15, 20, 25, 30, 60, 100)  # behind none, every model is surprised
+@dataclass(frozen=True, slots=True)
+class ContextSweep:
+    """Which seconds are measured, and behind how much of what was said before them."""
 
+    context_sec: tuple[float, ...] = (1, 5, 10, 15, 20, 25, 30, 60, 100)
+    """Seconds read before; behind none, every model is surprised."""
+    target_sec: float = 5.0
+    """Seconds that are measured."""
+    spacing_sec: float = 40.0
+    """Between two stretches of a recording."""
 
-TARGET_SEC = 5.0
+    @property
+    def longest_sec(self) -> float:
+        """What a recording must last to give a stretch."""
+        return max(self.context_sec) + self.target_sec
 
+    def stretches(self, recordings: Sequence[EncodedRecording], clock: Clock) -> list[Tensor]:
+        """What is measured, each behind the longest context, [17, steps]."""
+        steps = clock.steps(max(self.context_sec)) + clock.steps(self.target_sec)
+        return clips(recordings, steps, clock.steps(self.spacing_sec))
 
-SPACING_SEC = 40.0  # between two stretches of a recording
+    def nll(self, lm: LMModel, pieces: Sequence[Tensor], clock: Clock) -> dict[str, list[float]]:
+        """Loss of the ends of `stretches` behind each context.
 
-
-def stretches(recordings: Sequence[EncodedRecording], clock: Clock) -> list[Tensor]:
-    """What is measured, each behind the longest context, [17, steps]."""
-    steps = clock.steps(max(CONTEXT_SEC)) + clock.steps(TARGET_SEC)
-    return clips(recordings, steps, clock.steps(SPACING_SEC))
-
-
-def nll_behind(lm: LMModel, pieces: Sequence[Tensor], clock: Clock) -> dict[str, list[float]]:
-    """Loss of the ends of `stretches` behind each of `CONTEXT_SEC`.
-
-    Returns:
-        Nats a token by stream of `PositionNLL`, one value a context.
-    """
-    found: dict[str, list[float]] = {stream: [] for stream in STREAMS}
-    counted = clock.steps(TARGET_SEC)
-    for context_sec in CONTEXT_SEC:
-        read = clock.steps(context_sec) + counted
-        record = nll_by_position(
-            lm, [piece[:, -read:] for piece in pieces], counted, read - counted
-        )
-        for stream, values in found.items():
-            values += record[stream]
-    return found
+        Returns:
+            Nats a token by stream of `PositionNLL`, one value a context.
+        """
+        found: dict[str, list[float]] = {stream: [] for stream in STREAMS}
+        counted = clock.steps(self.target_sec)
+        for context_sec in self.context_sec:
+            read = clock.steps(context_sec) + counted
+            record = nll_by_position(
+                lm, [piece[:, -read:] for piece in pieces], counted, read - counted
+            )
+            for stream, values in found.items():
+                values += record[stream]
+        return found

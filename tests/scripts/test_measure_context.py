@@ -13,18 +13,17 @@ import torch
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import open_source
+from moshi_ttt.teacher_forcing.contexts import ContextSweep
 from moshi_ttt.teacher_forcing.losses import token_nll
 from moshi_ttt.teacher_forcing.nll import STREAMS
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SWEEP = ContextSweep((0.08, 0.8, 2.4), target_sec=0.4, spacing_sec=0.8)
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.import_module("measure_context")
-    monkeypatch.setattr(module, "CONTEXT_SEC", (0.08, 0.8, 2.4))
-    monkeypatch.setattr(module, "TARGET_SEC", 0.4)
-    monkeypatch.setattr(module, "SPACING_SEC", 0.8)
+    monkeypatch.setattr(module, "SWEEP", SWEEP)
     return module
 
 
@@ -33,15 +32,15 @@ def recording(steps: int, seed: int) -> EncodedRecording:
     return EncodedRecording(f"{seed}.npz", codes, ())
 
 
-def test_every_context_is_measured_on_the_same_seconds(script: Any) -> None:
+def test_every_context_is_measured_on_the_same_seconds() -> None:
     source = open_source("tiny")
     lm = source.lm()
     long, middle, short = recording(46, 0), recording(40, 1), recording(20, 2)
-    pieces = script.stretches([long, middle, short], source.clock)
+    pieces = SWEEP.stretches([long, middle, short], source.clock)
     ends = [(long, 30), (long, 40), (middle, 30)]
     for piece, (one, start) in zip(pieces, ends, strict=True):
         assert torch.equal(piece, one.codes[:, start - 30 : start + 5])
-    values = script.nll_behind(lm, pieces, source.clock)
+    values = SWEEP.nll(lm, pieces, source.clock)
     assert list(values) == list(STREAMS)
     for index, context in enumerate((1, 10, 30)):
         expected = []
@@ -66,7 +65,7 @@ def test_numbers_and_figure_are_written_for_every_model(
     assert (tmp_path / "context.png").stat().st_size > 10_000
     written = json.loads((tmp_path / "context.json").read_text())
     assert written["stretches"] == 2
-    assert len(written["nll"]["tiny"]["first_codebook"]) == len(script.CONTEXT_SEC)
+    assert len(written["nll"]["tiny"]["first_codebook"]) == len(SWEEP.context_sec)
     monkeypatch.setattr(script, "read_recordings", lambda *_: [recording(20, 0)])
     with pytest.raises(UserError, match="--heldout"):
         script.main()

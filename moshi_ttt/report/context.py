@@ -1,0 +1,52 @@
+"""Loss against how far back a model has read, as a figure."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from moshi_ttt.report.style import legend_below, run_colors, styled
+from moshi_ttt.teacher_forcing.contexts import ContextSweep
+from moshi_ttt.teacher_forcing.nll import STREAMS
+
+
+@styled
+def context_figure(
+    sweep: ContextSweep,
+    curves: dict[str, dict[str, list[float]]],
+    marks_sec: dict[str, float],
+    stretches: int,
+) -> Figure:
+    """Loss against context, a panel a stream and a curve a model.
+
+    Args:
+        sweep: what was measured.
+        curves: label to what `ContextSweep.nll` gave.
+        marks_sec: names of context lengths to point at.
+        stretches: how many were read.
+    """
+    figure = Figure(figsize=(10, 7))
+    panels = figure.subplots(len(STREAMS), 1, sharex=True)
+    for axes, stream in zip(panels, STREAMS, strict=True):
+        for color, (label, values) in zip(run_colors(len(curves)), curves.items(), strict=True):
+            axes.plot(
+                sweep.context_sec, values[stream], "o-", markersize=4, color=color, label=label
+            )
+        axes.set_ylabel(f"{stream.replace('_', ' ')}\n(nats a token)")
+        for name, seconds in marks_sec.items():
+            axes.axvline(seconds, color="0.3", linestyle="--", linewidth=1)
+            if axes is panels[0]:
+                axes.annotate(
+                    name,
+                    (seconds, 1.0),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(2, 3),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+    panels[-1].set_xlabel(
+        f"seconds read before the {sweep.target_sec:g} s that are measured ({stretches} stretches)"
+    )
+    panels[0].set_title("The same held-out seconds behind contexts of different lengths", pad=18)
+    if len(curves) > 1:
+        legend_below(figure, panels[0])
+    return figure
