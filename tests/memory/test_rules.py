@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moshi_ttt.memory import MemoryConfig, MemoryRule, MemoryState, build_rule
 from moshi_ttt.memory.config import RULES
-from moshi_ttt.memory.reference import reference
+from moshi_ttt.memory.ttt.reference import reference
 
 DIM = 8
 MINI_BATCH = 5

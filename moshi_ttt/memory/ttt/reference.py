@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.memory import MemoryRule, MemoryState
 from moshi_ttt.memory.gated_delta import GatedDelta
-from moshi_ttt.memory.ttt import TTTMLP, MiniBatchRule
+from moshi_ttt.memory.ttt.mini_batch import TTTMLP, MiniBatchRule
 
 
 def reference(rule: MemoryRule, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
