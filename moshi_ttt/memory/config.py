@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moshi_ttt.errors import UserError
+
+Rule = Literal["ttt_linear", "ttt_mlp", "gated_delta"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """The test-time-training memory of the hybrid layers."""
 
-    rule: Literal["ttt_linear", "ttt_mlp", "gated_delta"] = "ttt_linear"
+    rule: Rule = "ttt_linear"
     """How fast weights learn: one linear map or a two-layer MLP trained by mini-batch gradient
     steps (Sun et al. 2024), or the gated delta rule (Yang et al. 2024), which writes every step."""
     layers: list[int] | str = "last:1"
@@ -91,7 +94,6 @@ class MemoryConfig:
         return dim // self.heads
 
 
-RULES = ("ttt_linear", "ttt_mlp", "gated_delta")
 _LAYERS_RULE = "use last:N, every:N or a list of distinct layer indices, e.g. [25, 26]"
 
 
