@@ -11,29 +11,13 @@ that changed, or another model, are encoded again.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 
-from tqdm import tqdm
-
-from moshi_ttt.data import (
-    CodesFormat,
-    ManifestEntry,
-    RecordingReader,
-    check_manifest,
-    read_manifest,
-)
-from moshi_ttt.data.codes_file import CODES_SUFFIX, read_codes, write_codes, written_from
+from moshi_ttt.data.codes_file import CODES_SUFFIX
+from moshi_ttt.data.encode import encode_manifest
 from moshi_ttt.errors import UserError
-from moshi_ttt.files import write_bytes
-from moshi_ttt.model.source import ModelSource, open_source
-
-BATCH_SEC = 3600.0  # encoded with one load of the codec, then written
+from moshi_ttt.model.source import open_source
 
 
 def main(args: list[str] | None = None) -> int:
@@ -78,95 +62,6 @@ def main(args: list[str] | None = None) -> int:
     size = sum(path.stat().st_size for path in options.out.glob(f"*{CODES_SUFFIX}"))
     print(f"{options.out / 'manifest.jsonl'} ({size / 1e6:.2f} MB of codes)")
     return 0
-
-
-def encode_manifest(
-    manifest: Path,
-    out: Path,
-    source: ModelSource,
-    cache_dir: Path,
-    *,
-    with_words: bool,
-    hours: float | None = None,
-) -> None:
-    """Write codes files and their manifest, which appears when all of them are there.
-
-    Args:
-        manifest: of recordings; all of it must be usable.
-        out: folder to write; files in it that were made of the same recordings are kept.
-        source: whose codec and tokenizer are used.
-        cache_dir: of `RecordingReader`.
-        with_words: copy the JSON beside each recording too.
-        hours: take only the first recordings, as many as fit; None takes all.
-
-    Raises:
-        UserError: something is wrong with the manifest, two recordings have the same name, or not
-            even the first one fits into `hours`.
-    """
-    codes_format = CodesFormat.of(source)
-    check_manifest(
-        manifest, source.clock, source.tokenizer(), decode=False, codes_format=codes_format
-    ).raise_problems()
-    entries, _ = read_manifest(manifest)
-    if hours is not None:
-        ends_sec = accumulate(entry.duration_sec for entry in entries)
-        fits = sum(end_sec <= 3600 * hours for end_sec in ends_sec)
-        if not fits:
-            raise UserError(
-                f"--hours={hours:g} is less than the first recording of {manifest} "
-                f"({entries[0].duration_sec / 3600:.3f} h); give more"
-            )
-        entries = entries[:fits]
-    counts = Counter(entry.path.stem for entry in entries)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise UserError(
-            f"{manifest} names {counts[twice[0]]} recordings {twice[0]!r}, which would overwrite "
-            f"each other as {out / twice[0]}{CODES_SUFFIX}; rename them"
-        )
-    targets = {entry.path: out / f"{entry.path.stem}{CODES_SUFFIX}" for entry in entries}
-    if any(path.resolve() == target.resolve() for path, target in targets.items()):
-        raise UserError(f"{out} holds the recordings themselves; give another folder")
-    missing = [
-        entry
-        for entry in tqdm(entries, desc="looking for what is done", unit="recording", leave=False)
-        if not written_from(targets[entry.path], codes_format, _made_of(entry))
-    ]
-    reader = RecordingReader(source, cache_dir)
-    for batch in _batches(missing):
-        for entry, recording in zip(batch, reader.read(batch), strict=True):
-            write_codes(targets[entry.path], recording.codes, codes_format, _made_of(entry))
-    lines = []
-    for entry in entries:
-        target = targets[entry.path]
-        if with_words and entry.alignments_path.is_file():
-            write_bytes(target.with_suffix(".json"), entry.alignments_path.read_bytes())
-        # whole steps: what was encoded, the padded last step included
-        duration_sec = source.clock.seconds(read_codes(target, codes_format).shape[-1])
-        lines.append(json.dumps({"path": target.name, "duration": round(duration_sec, 4)}) + "\n")
-    write_bytes(out / "manifest.jsonl", "".join(lines).encode())
-
-
-def _made_of(entry: ManifestEntry) -> str:
-    """Fingerprint of a recording: its sound and its words."""
-    digest = hashlib.sha256()
-    for path in (entry.path, entry.alignments_path):
-        content = hashlib.sha256(path.read_bytes()) if path.is_file() else hashlib.sha256()
-        digest.update(content.digest())
-    return digest.hexdigest()
-
-
-def _batches(entries: Sequence[ManifestEntry]) -> list[list[ManifestEntry]]:
-    """Consecutive recordings of about `BATCH_SEC` together, so that little is lost when stopped."""
-    batches: list[list[ManifestEntry]] = []
-    seconds = BATCH_SEC
-    for entry in entries:
-        if seconds >= BATCH_SEC:
-            batches.append([])
-            seconds = 0.0
-        batches[-1].append(entry)
-        seconds += entry.duration_sec
-    return batches
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `manifest`, `alignments` and `probes` check what the user wrote, `audio` and `codes` turn sound into
 codes (once: `cache`, or `codes_file` in place of the audio), `text` lays the words over the steps,
-`windows` cuts and deals the clips.
+`windows` cuts and deals the clips. `encode` writes a manifest anew as codes files.
 """
 
 from moshi_ttt.data.codes_file import CodesFormat

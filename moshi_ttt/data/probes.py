@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ RULE = (
     '[start_sec, end_sec]], ...], "gap_sec": 40.2, "chance": 0.1, ...}, its answer words as they '
     "stand in the alignments"
 )
+
+Spoken = tuple[str, float]  # a word and when it starts, in seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,36 +76,52 @@ def read_probes(
         try:
             if item["answered_by"] != MAIN_SPEAKER:
                 continue
-            answer = [(text.strip(), float(start)) for text, (start, _) in item["answer"]]
-            for text, start in answer:
-                if (text, start) not in steps_of:
-                    raise ValueError(f"the main speaker says no {text!r} at {start:g} s")
+            answer = _answer(item, steps_of)
             probe = Probe(
                 str(item["kind"]),
                 _number(item, "gap_sec", math.inf),
                 _number(item, "chance", 1.0),
-                tuple(steps_of[word] for word in answer if steps_of[word]),
+                tuple(steps for _, steps in answer if steps),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(
                 f"{path}: probe {number} is malformed ({type(error).__name__}: {error}); {RULE}"
             )
             continue
-        for word in answer:
-            steps = steps_of[word]
-            expected = tokenizer.encode(word[0])[: len(steps)]
-            if text_row[steps.start : steps.stop].tolist() != expected:
-                problems.append(
-                    f"{path}: probe {number} answers {word[0]!r} at {word[1]:g} s, and the text "
-                    f"row holds other tokens at step {steps.start}; the file belongs to another "
-                    "version of the recording: restore it, or encode the recording again with "
-                    "scripts/encode_manifest.py"
-                )
-                break
-        else:
-            if probe.answer_steps:
-                probes.append(probe)
+        stranger = _first_stranger(answer, text_row, tokenizer)
+        if stranger is not None:
+            (text, start_sec), steps = stranger
+            problems.append(
+                f"{path}: probe {number} answers {text!r} at {start_sec:g} s, and the text row "
+                f"holds other tokens at step {steps.start}; the file belongs to another version "
+                "of the recording: restore it, or encode the recording again with "
+                "scripts/encode_manifest.py"
+            )
+        elif probe.answer_steps:
+            probes.append(probe)
     return tuple(probes), problems
+
+
+def _answer(item: dict[str, Any], steps_of: Mapping[Spoken, range]) -> list[tuple[Spoken, range]]:
+    """The words of one probe's answer, as the main speaker says them, and their steps."""
+    answer = []
+    for text, (start, _) in item["answer"]:
+        word = text.strip(), float(start)
+        if word not in steps_of:
+            raise ValueError(f"the main speaker says no {word[0]!r} at {word[1]:g} s")
+        answer.append((word, steps_of[word]))
+    return answer
+
+
+def _first_stranger(
+    answer: Sequence[tuple[Spoken, range]], text_row: Tensor, tokenizer: Tokenizer
+) -> tuple[Spoken, range] | None:
+    """The first word of an answer that the text row does not hold where it should."""
+    for (text, start_sec), steps in answer:
+        expected = tokenizer.encode(text)[: len(steps)]
+        if text_row[steps.start : steps.stop].tolist() != expected:
+            return (text, start_sec), steps
+    return None
 
 
 def _number(item: dict[str, Any], key: str, most: float) -> float:

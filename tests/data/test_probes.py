@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.tensorboard import log_evaluation
 from moshi_ttt.data import EncodedRecording, Probe, RecordingReader, check_manifest, read_manifest
+from moshi_ttt.data.encode import encode_manifest
 from moshi_ttt.errors import UserError
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
@@ -101,8 +102,6 @@ def test_probes_that_do_not_fit_are_refused(tmp_path: Path, broken: Any, complai
 
 
 def test_probes_beside_codes_are_held_against_their_text_row(tmp_path: Path) -> None:
-    from encode_manifest import encode_manifest
-
     manifest = write_recording(tmp_path / "audio", [probe()])
     source: Any = FakeSource()
     encode_manifest(manifest, tmp_path / "codes", source, tmp_path / "cache", with_words=True)

@@ -22,6 +22,7 @@ from moshi_ttt.data import (
     read_manifest,
 )
 from moshi_ttt.data.codes_file import read_codes, write_codes
+from moshi_ttt.data.encode import encode_manifest
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import open_source
 from train.data import ConversationData
@@ -39,11 +40,9 @@ def audio_manifest(tmp_path: Path) -> Path:
     return write_manifest(tmp_path / "audio/m.jsonl", {"a.wav": 3.0, "b.flac": 1.99})
 
 
-def encode(program: Any, manifest: Path, out: Path, **options: Any) -> FakeSource:
+def encode(manifest: Path, out: Path, **options: Any) -> FakeSource:
     source = options.pop("source", FakeSource())
-    program.encode_manifest(
-        manifest, out, source, out / "cache", **{"with_words": False, **options}
-    )
+    encode_manifest(manifest, out, source, out / "cache", **{"with_words": False, **options})
     return source
 
 
@@ -54,9 +53,9 @@ def windows(manifest: Path, cache: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("with_words", [False, True])
 def test_an_encoded_manifest_gives_the_windows_of_its_audio_bit_for_bit(
-    program: Any, audio_manifest: Path, tmp_path: Path, with_words: bool
+    audio_manifest: Path, tmp_path: Path, with_words: bool
 ) -> None:
-    encode(program, audio_manifest, tmp_path / "codes", with_words=with_words)
+    encode(audio_manifest, tmp_path / "codes", with_words=with_words)
     encoded = tmp_path / "codes/manifest.jsonl"
     wanted, got = windows(audio_manifest, tmp_path / "c1"), windows(encoded, tmp_path / "c2")
     assert len(wanted) == len(got) > 1
@@ -66,10 +65,8 @@ def test_an_encoded_manifest_gives_the_windows_of_its_audio_bit_for_bit(
     assert (tmp_path / "codes/a.json").exists() == with_words
 
 
-def test_a_manifest_may_mix_audio_and_codes(
-    program: Any, audio_manifest: Path, tmp_path: Path
-) -> None:
-    encode(program, audio_manifest, tmp_path / "codes")
+def test_a_manifest_may_mix_audio_and_codes(audio_manifest: Path, tmp_path: Path) -> None:
+    encode(audio_manifest, tmp_path / "codes")
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text(
         '{"path": "codes/a.npz", "duration": 3.0}\n{"path": "audio/b.flac", "duration": 1.99}\n'
@@ -95,9 +92,9 @@ def test_a_manifest_may_mix_audio_and_codes(
     ],
 )
 def test_codes_of_another_codec_or_tokenizer_are_refused_by_name(
-    program: Any, audio_manifest: Path, tmp_path: Path, model: tuple[str, str], message: str
+    audio_manifest: Path, tmp_path: Path, model: tuple[str, str], message: str
 ) -> None:
-    encode(program, audio_manifest, tmp_path / "codes")
+    encode(audio_manifest, tmp_path / "codes")
     manifest = tmp_path / "codes/manifest.jsonl"
     source: Any = FakeSource(model[0])
     source.tokenizer_fingerprint = model[1]
@@ -164,50 +161,48 @@ def test_text_ids_beyond_the_audio_codebooks_are_kept(tmp_path: Path) -> None:
 
 
 def test_encoding_goes_on_where_it_stopped(
-    program: Any, audio_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    audio_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "codes"
-    assert len(encode(program, audio_manifest, out).encoded) == 4  # two files of two channels
+    assert len(encode(audio_manifest, out).encoded) == 4  # two files of two channels
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npz")}
     # the cache would hide what is encoded again
     monkeypatch.setattr("moshi_ttt.data.cache.CodeCache.load", lambda self, path: None)
     (out / "a.npz").unlink()
-    assert len(encode(program, audio_manifest, out).encoded) == 2
+    assert len(encode(audio_manifest, out).encoded) == 2
     assert (out / "b.npz").stat().st_mtime_ns == before["b.npz"]
     # other words are another text row, other sound other codes, another codec other codes
     write_words(audio_manifest.parent / "a.wav", [["bye", [0.0, 0.5], "SPEAKER_MAIN"]])
     write_audio(audio_manifest.parent / "b.flac", 1.99, seed=9)
-    assert len(encode(program, audio_manifest, out).encoded) == 4
+    assert len(encode(audio_manifest, out).encoded) == 4
     assert read_codes(out / "a.npz", FORMAT)[0, :3].tolist() == [11, 34, 14]
-    assert encode(program, audio_manifest, out).encoded == []
+    assert encode(audio_manifest, out).encoded == []
     other = FakeSource("codec-2")
-    assert len(encode(program, audio_manifest, out, source=other).encoded) == 4
+    assert len(encode(audio_manifest, out, source=other).encoded) == 4
 
 
-def test_as_many_recordings_as_fit_are_encoded(
-    program: Any, audio_manifest: Path, tmp_path: Path
-) -> None:
+def test_as_many_recordings_as_fit_are_encoded(audio_manifest: Path, tmp_path: Path) -> None:
     lines = {}
     for seconds in (3.0, 4.9, 5.0):
-        encode(program, audio_manifest, tmp_path / "codes", hours=seconds / 3600)
+        encode(audio_manifest, tmp_path / "codes", hours=seconds / 3600)
         text = (tmp_path / "codes/manifest.jsonl").read_text()
         lines[seconds] = [json.loads(line)["path"] for line in text.splitlines()]
     assert lines == {3.0: ["a.npz"], 4.9: ["a.npz"], 5.0: ["a.npz", "b.npz"]}
     with pytest.raises(UserError, match=r"--hours=0\.0005 is less than the first recording"):
-        encode(program, audio_manifest, tmp_path / "codes", hours=0.0005)
+        encode(audio_manifest, tmp_path / "codes", hours=0.0005)
 
 
 def test_an_unusable_manifest_is_not_encoded(
     program: Any, audio_manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encode(program, audio_manifest, tmp_path / "codes")
+    encode(audio_manifest, tmp_path / "codes")
     with pytest.raises(UserError, match="holds the recordings themselves"):
-        encode(program, tmp_path / "codes/manifest.jsonl", tmp_path / "codes")
+        encode(tmp_path / "codes/manifest.jsonl", tmp_path / "codes")
     write_audio(audio_manifest.parent / "sub/a.wav", 1.0)
     with audio_manifest.open("a") as file:
         file.write(json.dumps({"path": "sub/a.wav", "duration": 1.0}))
     with pytest.raises(UserError, match=r"2 recordings 'a'.*rename"):
-        encode(program, audio_manifest, tmp_path / "codes2")
+        encode(audio_manifest, tmp_path / "codes2")
     (audio_manifest.parent / "a.wav").unlink()
     assert program.main([str(audio_manifest), str(tmp_path / "codes3")]) == 2
     assert "line 1: audio file" in capsys.readouterr().err
