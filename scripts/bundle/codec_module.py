@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 from codec_losses import GradientBalance, Readout, envelope_distance, spectral_distances
+from codec_recipe import Phase, Recipe, learning_rate
 from codec_replay import Replayed, Values
 from codec_speech import Speech
 from codec_training import (
     codebooks,
+    copy_codebooks,
     fit_codebooks,
+    freeze_encoder,
     latents_of,
     quantizers,
     reconstruct,
@@ -36,50 +37,6 @@ COMMITMENT_WEIGHT = 0.25
 READOUT_WEIGHT = 4.0
 LOG_EVERY_UPDATES = 50  # reading a number back waits for the device
 REPLACE_EVERY_UPDATES = 40  # dead codewords; such an update is not replayed
-
-
-class Phase(IntEnum):
-    """What a training does at the time."""
-
-    PLAIN = 0
-    """Encoder and decoder learn, nothing is quantised."""
-    QUANTISED = 1
-    """All of it learns."""
-    DECODER = 2
-    """The encoder stays as it is: the decoder learns codes that mean the same from now on."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """How one training goes; shares are of the whole training, 0..1."""
-
-    minutes: float = math.inf
-    """Length of the training."""
-    updates: float = math.inf
-    """The same in optimizer steps of the codec; what is reached first ends it."""
-    rows: int = 24
-    """Pieces of an update; every fourth update has a quarter of them, four times as long."""
-    piece_steps: int = 32
-    """Length of a short piece; 32 steps = 2.56 s."""
-    peak_lr: float = 1.5e-3
-    """Learning rate after the warm-up; without a readout, 2e-3 collapsed to one codeword."""
-    average_decay: float = 0.999
-    """Of the moving average of the weights, which is what is written."""
-    plain_share: float = 0.1
-    """`Phase.PLAIN`."""
-    decoder_share: float = 0.4
-    """`Phase.DECODER`, at the end."""
-    bypass_rate: float = 0.2
-    """Pieces that pass unquantised in `Phase.QUANTISED`."""
-    codebook_batches: int = 160
-    """Updates' worth of latents that codebooks are fitted to, ahead of each later phase."""
-    detune: float = 0.15
-    """Half of the pieces are played up to so much faster or slower, as a natural logarithm: other
-    voices than the few there are."""
-    updates_per_epoch: int = 500
-    """Between validations and checkpoints."""
-    seed: int = 0
-    """Of weights and pieces."""
 
 
 class CodecTraining(LightningModule):
@@ -137,7 +94,7 @@ class CodecTraining(LightningModule):
         """Start the clock; a resumed training draws other pieces than before."""
         self._begun = time.perf_counter()
         if self._phase is Phase.DECODER:
-            self._freeze_encoder()
+            freeze_encoder(self.codec)
         for codebook in codebooks(self.codec):
             codebook.check_unused_every = 10**9  # `training_step` asks for it
             codebook._next_unused_check = 10**9
@@ -180,7 +137,7 @@ class CodecTraining(LightningModule):
             self._enter(Phase.QUANTISED)
         elif self._phase is Phase.QUANTISED and progress >= 1 - recipe.decoder_share:
             self._enter(Phase.DECODER)
-        self._settings["lr"].fill_(_rate(progress) * recipe.peak_lr)
+        self._settings["lr"].fill_(learning_rate(progress) * recipe.peak_lr)
 
         stretch = 4 if self._updates % 4 == 3 else 1
         audio = self._pieces(stretch)
@@ -263,7 +220,7 @@ class CodecTraining(LightningModule):
         if phase is Phase.DECODER:
             # what is kept in the end is the average, and it is the better encoder
             torch._foreach_copy_(list(self.codec.parameters()), list(self.average.parameters()))
-            self._freeze_encoder()
+            freeze_encoder(self.codec)
         latents = torch.cat(
             [latents_of(self.codec, self._pieces()) for _ in range(recipe.codebook_batches)]
         )
@@ -273,16 +230,6 @@ class CodecTraining(LightningModule):
         for kept, current in zip(quantizers(self.average), quantizers(self.codec), strict=True):
             torch._foreach_copy_(list(kept.parameters()), list(current.parameters()))
         self._phase = phase
-
-    def _freeze_encoder(self) -> None:
-        codec = self.codec
-        for part in (
-            codec.encoder,
-            codec.encoder_transformer,
-            codec.downsample,
-            *(quantizer.input_proj for quantizer in quantizers(codec)),
-        ):
-            part.requires_grad_(False)
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -297,10 +244,7 @@ class CodecTraining(LightningModule):
 
     def averaged(self) -> MimiModel:
         """The codec to keep: averaged weights and, as they average themselves, the codebooks."""
-        for kept, current in zip(codebooks(self.average), codebooks(self.codec), strict=True):
-            for name in ("embedding_sum", "cluster_usage", "_initialized"):
-                getattr(kept, name).copy_(getattr(current, name).detach())
-            kept.register_buffer("_embedding", None, persistent=False)
+        copy_codebooks(self.codec, self.average)
         return self.average
 
     def validation_step(self, _: int, batch_idx: int) -> None:
@@ -339,10 +283,3 @@ class CodecTraining(LightningModule):
     def on_validation_end(self) -> None:
         """Write the codec as it is now: a training that is cut off leaves a usable one."""
         write_codec(self.averaged(), self.config, self.out)
-
-
-def _rate(progress: float) -> float:
-    """Learning rate over its peak: a short warm-up, then half a cosine down to a hundredth."""
-    if progress < 0.02:
-        return max(progress / 0.02, 0.01)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.02) / 0.98)))

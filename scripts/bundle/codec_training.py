@@ -237,6 +237,25 @@ def codebooks(codec: MimiModel) -> list[EuclideanCodebook]:
     return [m for m in codec.quantizer.modules() if isinstance(m, EuclideanCodebook)]
 
 
+def copy_codebooks(source: MimiModel, target: MimiModel) -> None:
+    """Give a codec the codebooks of another one of the same structure."""
+    for kept, current in zip(codebooks(target), codebooks(source), strict=True):
+        for name in ("embedding_sum", "cluster_usage", "_initialized"):
+            getattr(kept, name).copy_(getattr(current, name).detach())
+        kept.register_buffer("_embedding", None, persistent=False)
+
+
+def freeze_encoder(codec: MimiModel) -> None:
+    """Stop whatever decides which codes a sound gets from learning."""
+    for part in (
+        codec.encoder,
+        codec.encoder_transformer,
+        codec.downsample,
+        *(quantizer.input_proj for quantizer in quantizers(codec)),
+    ):
+        part.requires_grad_(False)
+
+
 def usage_bits(codebook: EuclideanCodebook) -> Tensor:
     """Entropy of the running use of a codebook's words, bits."""
     share = codebook.cluster_usage / codebook.cluster_usage.sum()

@@ -27,14 +27,8 @@ import numpy as np
 import soundfile
 from timeline import plan
 from tqdm import tqdm
-from voices import (
-    HELD_OUT_VOICES,
-    MOSHI_VOICE,
-    SAMPLE_RATE,
-    USER_VOICES,
-    check_packages,
-    voice,
-)
+from utterance import SAMPLE_RATE
+from voices import HELD_OUT_VOICES, MOSHI_VOICE, USER_VOICES, check_packages, voice
 
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_atomic, write_bytes

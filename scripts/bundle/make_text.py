@@ -24,7 +24,7 @@ import torch
 from make_conversations import Recipe, recipes
 from timeline import SPEAKERS, plan
 from tqdm import tqdm
-from voices import SAMPLE_RATE, Utterance
+from utterance import SAMPLE_RATE, Utterance
 
 from moshi_ttt.data import CodesFormat, read_manifest
 from moshi_ttt.data.alignments import Word

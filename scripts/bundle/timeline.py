@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import probes
 from conversation import USER, Turn, backchannel, conversation
-from voices import SAMPLE_RATE, Speaker, Utterance
+from utterance import SAMPLE_RATE, Utterance
+from voices import Speaker
 
 SPEAKERS = ("SPEAKER_MAIN", "SPEAKER_USER")  # left channel, right channel
 _NOISE_RMS = 2e-4  # -74 dB: a quiet room, never digital silence

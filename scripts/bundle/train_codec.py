@@ -5,7 +5,7 @@
 
 Writes OUT/mimi.safetensors and OUT/mimi_config.json, which moshi's loaders read, anew after every
 epoch; OUT/last.ckpt to go on from; OUT/tensorboard to watch. Minutes are those of training, over
-all resumptions: the learning rate and the phases (`codec_module.Phase`) follow the share of them
+all resumptions: the learning rate and the phases (`codec_recipe.Phase`) follow the share of them
 that is spent.
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
 
 import torch
-from codec_module import LOG_EVERY_UPDATES, CodecTraining, Recipe
+from codec_module import LOG_EVERY_UPDATES, CodecTraining
+from codec_recipe import Recipe
 from codec_speech import Speech, span_steps
 from codec_training import CARD, CODEC_CONFIG, codebooks, scale_convolutions, usage_bits
 from lightning import Trainer, seed_everything
@@ -70,6 +71,30 @@ def train(
             speech.
     """
     checkpoint = out / "last.ckpt"
+    _refuse(checkpoint, recipe, resume)
+    seed_everything(recipe.seed, verbose=False)
+    kept, held_out = speech.split(0.02, span_steps(4 * recipe.piece_steps, recipe.detune) + 2)
+    codec = build(config, kept, recipe.seed)
+    module = CodecTraining(codec, config, kept, held_out, recipe, out)
+    if compiled:
+        codec.encoder.compile(dynamic=False)
+        codec.decoder.compile(dynamic=False)
+    trainer = _trainer(out, device, precision, progress_bar)
+    # Lightning only counts: the audio is on the device already
+    batches, validation = range(recipe.updates_per_epoch), range(2)
+    # moshi would compile its smallest functions, for each shape and mode anew
+    with no_compile():
+        trainer.fit(
+            module,
+            batches,
+            validation,
+            ckpt_path=checkpoint if resume else None,
+        )
+        trainer.validate(module, validation, verbose=progress_bar)
+    return module
+
+
+def _refuse(checkpoint: Path, recipe: Recipe, resume: bool) -> None:
     if resume and not checkpoint.is_file():
         raise UserError(f"--resume: {checkpoint} does not exist; leave --resume out to begin anew")
     if not resume and checkpoint.exists():
@@ -78,14 +103,10 @@ def train(
         )
     if recipe.rows % 4:
         raise UserError(f"--rows {recipe.rows} is not a multiple of 4; use e.g. 24")
-    seed_everything(recipe.seed, verbose=False)
-    kept, held_out = speech.split(0.02, span_steps(4 * recipe.piece_steps, recipe.detune) + 2)
-    codec = build(config, kept, recipe.seed)
-    module = CodecTraining(codec, config, kept, held_out, recipe, out)
-    if compiled:
-        codec.encoder.compile(dynamic=False)
-        codec.decoder.compile(dynamic=False)
-    trainer = Trainer(
+
+
+def _trainer(out: Path, device: str, precision: str | None, progress_bar: bool) -> Trainer:
+    return Trainer(
         accelerator="gpu" if device == "cuda" else device,
         devices=1,
         precision=precision or ("bf16-mixed" if device == "cuda" else "32-true"),  # type: ignore[arg-type]
@@ -100,18 +121,6 @@ def train(
         logger=TensorBoardLogger(out / "tensorboard", name=None, version=""),
         callbacks=[TQDMProgressBar(refresh_rate=LOG_EVERY_UPDATES)] if progress_bar else [],
     )
-    # Lightning only counts: the audio is on the device already
-    batches, validation = range(recipe.updates_per_epoch), range(2)
-    # moshi would compile its smallest functions, for each shape and mode anew
-    with no_compile():
-        trainer.fit(
-            module,
-            batches,
-            validation,
-            ckpt_path=checkpoint if resume else None,
-        )
-        trainer.validate(module, validation, verbose=progress_bar)
-    return module
 
 
 def main() -> None:

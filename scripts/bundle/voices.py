@@ -17,22 +17,17 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from scipy.signal import resample_poly
+from utterance import SAMPLE_RATE, Utterance, tidied
 
 from moshi_ttt.errors import UserError
 
-SAMPLE_RATE = 24_000
 _PUNCTUATION = ".,?!"
-_FRAME_SEC = 0.005
-_MARGIN_SEC = 0.05  # kept before the first and after the last word
-_FADE_SEC = 0.01
-_SPEECH_RMS = 0.06
 
 # the front end writes English the way Kokoro reads it; the Piper voice reads espeak's IPA
 _KOKORO_TO_ESPEAK = (
@@ -53,19 +48,6 @@ _KOKORO_TO_ESPEAK = (
     # unstressed final i ("happy") is short
     ("i(?!$|[.,?!])", "iː"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """One spoken sentence."""
-
-    audio: np.ndarray  # [samples] float32 at `SAMPLE_RATE`, peak below 1
-    words: tuple[tuple[str, float, float], ...]  # word, start and end in seconds
-
-    @property
-    def duration_sec(self) -> float:
-        """How long it sounds."""
-        return len(self.audio) / SAMPLE_RATE
 
 
 class Speaker(Protocol):
@@ -136,9 +118,8 @@ class Voice(ABC):
         edges = np.concatenate([[0.0], np.cumsum(durations)]) / durations.sum()
         late_sec = self._late_sec / float(self._pitch)
         edges = np.clip(edges * len(audio) / SAMPLE_RATE - late_sec, 0.0, None)
-        loud = _loud(audio)
-        times = [_trim(float(edges[first]), float(edges[last]), loud) for first, last in spans]
-        return _tidied(audio, [(word, *span) for word, span in zip(words, times, strict=True)])
+        times = [(float(edges[first]), float(edges[last])) for first, last in spans]
+        return tidied(audio, [(word, *span) for word, span in zip(words, times, strict=True)])
 
     _late_sec = 0.0
     """How long after the sound the graph's own durations place it, at pitch 1."""
@@ -251,39 +232,6 @@ def voice(name: str, seed: int, speed: float = 1.0) -> Voice:
     """The person of this name, fresh: what was said before leaves no trace."""
     synthesiser, pitch = _PEOPLE[name]
     return synthesiser(seed, speed, pitch)
-
-
-def _tidied(audio: np.ndarray, words: list[tuple[str, float, float]]) -> Utterance:
-    """Without the silence around it, which differs between the voices, and at one loudness."""
-    start_sec = max(0.0, words[0][1] - _MARGIN_SEC)
-    first, last = (
-        round(start_sec * SAMPLE_RATE),
-        round((words[-1][2] + _MARGIN_SEC) * SAMPLE_RATE),
-    )
-    audio = audio[first:last]
-    fade = round(_FADE_SEC * SAMPLE_RATE)
-    window = np.ones(len(audio), np.float32)
-    window[:fade] = np.linspace(0, 1, fade)
-    window[-fade:] = np.linspace(1, 0, fade)
-    gain = min(_SPEECH_RMS / audio.std(), 0.9 / np.abs(audio).max())
-    moved = tuple((word, start - start_sec, end - start_sec) for word, start, end in words)
-    return Utterance(audio * window * np.float32(gain), moved)
-
-
-def _loud(audio: np.ndarray) -> np.ndarray:
-    """Which frames of `_FRAME_SEC` are less than 35 dB below the loudest one, [frames]."""
-    frame = round(_FRAME_SEC * SAMPLE_RATE)
-    power = np.square(audio[: len(audio) // frame * frame]).reshape(-1, frame).mean(axis=1)
-    return power > power.max() * 10**-3.5
-
-
-def _trim(start_sec: float, end_sec: float, loud: np.ndarray) -> tuple[float, float]:
-    """Take the silence off both ends of a word; the graphs give pauses to the sounds around."""
-    first, last = int(start_sec / _FRAME_SEC), int(end_sec / _FRAME_SEC)
-    heard = first + np.flatnonzero(loud[first : last + 1])
-    if not len(heard):
-        return start_sec, end_sec
-    return max(start_sec, heard[0] * _FRAME_SEC), min(end_sec, (heard[-1] + 1) * _FRAME_SEC)
 
 
 @lru_cache(maxsize=1)
