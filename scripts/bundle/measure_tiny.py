@@ -29,7 +29,7 @@ from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.files import write_bytes, write_json
-from moshi_ttt.model.source import ASSETS, open_source
+from moshi_ttt.model.source import ASSETS, ModelSource, open_source
 from moshi_ttt.report import png, recall_figure
 from moshi_ttt.report.figures import nll_figure, norm_figure
 from moshi_ttt.report.recall import gap_positions
@@ -111,6 +111,60 @@ def write_figures(out: Path, by_position: dict[str, Any], free: Path, forced: Pa
         write_bytes(out / f"{name}.png", png(figure))
 
 
+def stream_losses(
+    lm: Any,
+    train: Sequence[EncodedRecording],
+    heldout: Sequence[EncodedRecording],
+    clip_steps: int,
+) -> dict[str, dict[str, float]]:
+    """Held-out NLL of each stream in clips of the trained length, and what simpler models lose."""
+    in_clips = nll_by_position(lm, clips(heldout, clip_steps, clip_steps), clip_steps)
+    return {
+        stream: {
+            **baselines(
+                train, heldout, stream, lm.text_card if stream == "text" else lm.card, lm.dep_q
+            ),
+            "lm_15s_clips": in_clips[stream][0],
+        }
+        for stream in STREAMS
+    }
+
+
+def long_runs(
+    lm: Any,
+    source: ModelSource,
+    heldout: Sequence[EncodedRecording],
+    seconds: float,
+    runs: Path,
+) -> dict[str, Any]:
+    """Scalars of a run that talks (`free`) and of one that reads (`forced`), written to `runs`."""
+    clock = source.clock
+    # the same for both runs, and slow
+    read = read_teacher_forced(
+        lm, heldout[:NLL_RECORDINGS], clock.steps(seconds), clock.steps(WINDOW_SEC)
+    )
+    scalars = {}
+    for name, prompt_sec in (("free", 10.0), ("forced", seconds)):
+        scalars[name] = evaluate(
+            lm,
+            source,
+            heldout,
+            LongRunConfig(
+                seconds=seconds,
+                prompt_sec=prompt_sec,
+                # nothing is drawn where everything is forced: seeds would give equal streams
+                prompts=4 if name == "free" else 8,
+                seeds=2 if name == "free" else 1,
+                audio_streams=1,
+            ),
+            runs / name,
+            label=f"{source.name}, {name}",
+            trained_steps=clock.steps(CLIP_SEC),
+            read=read,
+        )
+    return scalars
+
+
 def main() -> None:
     """Measure and write `baseline.json` and the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -131,51 +185,16 @@ def main() -> None:
     heldout = read_recordings(source, arguments.heldout, arguments.cache_dir)
     lm = source.lm(device=device)
 
-    window_steps, clip_steps = clock.steps(WINDOW_SEC), clock.steps(CLIP_SEC)
-    long_steps = clock.steps(arguments.seconds)
     spacing_steps = clock.steps(SPACING_SEC)
-    stretches = clips(heldout, long_steps, spacing_steps, spacing_steps)
+    stretches = clips(heldout, clock.steps(arguments.seconds), spacing_steps, spacing_steps)
     if not stretches:
         raise UserError(
             f"no recording of {arguments.heldout} lasts {arguments.seconds + SPACING_SEC:g} s; "
             "lower --seconds"
         )
-    in_clips = nll_by_position(lm, clips(heldout, clip_steps, clip_steps), clip_steps)
-    by_position = nll_by_position(lm, stretches, window_steps)
-    streams = {
-        stream: {
-            **baselines(
-                train,
-                heldout,
-                stream,
-                lm.text_card if stream == "text" else lm.card,
-                lm.dep_q,
-            ),
-            "lm_15s_clips": in_clips[stream][0],
-        }
-        for stream in STREAMS
-    }
-    # the same for both runs, and slow
-    read = read_teacher_forced(lm, heldout[:NLL_RECORDINGS], long_steps, window_steps)
-    scalars = {}
-    for name, prompt_sec in (("free", 10.0), ("forced", arguments.seconds)):
-        scalars[name] = evaluate(
-            lm,
-            source,
-            heldout,
-            LongRunConfig(
-                seconds=arguments.seconds,
-                prompt_sec=prompt_sec,
-                # nothing is drawn where everything is forced: seeds would give equal streams
-                prompts=4 if name == "free" else 8,
-                seeds=2 if name == "free" else 1,
-                audio_streams=1,
-            ),
-            arguments.runs / name,
-            label=f"{source.name}, {name}",
-            trained_steps=clip_steps,
-            read=read,
-        )
+    by_position = nll_by_position(lm, stretches, clock.steps(WINDOW_SEC))
+    losses = stream_losses(lm, train, heldout, clock.steps(CLIP_SEC))
+    scalars = long_runs(lm, source, heldout, arguments.seconds, arguments.runs)
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(
         arguments.out / "baseline.json",
@@ -187,7 +206,7 @@ def main() -> None:
                 "probes": sum(len(one.probes) for one in heldout),
                 "stretches": len(stretches),
             },
-            "nll": streams,
+            "nll": losses,
             "nll_by_position": by_position,
             "recall": Evaluation.load(arguments.runs / "free").recall,
             "free": scalars["free"],
