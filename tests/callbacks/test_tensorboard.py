@@ -3,12 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from synthetic_trace import make_trace, write_evaluation
+from synthetic_trace import RECALL, make_trace, write_evaluation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.tensorboard import log_evaluation
 from moshi_ttt.errors import UserError
+from moshi_ttt.files import write_json
 
 
 def logged(folder: Path, logs: Path) -> EventAccumulator:
@@ -64,3 +65,12 @@ def test_an_unfinished_evaluation_is_refused_by_name(tmp_path: Path) -> None:
     make_trace().save(tmp_path)
     with SummaryWriter(str(tmp_path / "logs")) as writer, pytest.raises(UserError, match="summary"):
         log_evaluation(writer, tmp_path, 0)
+
+
+def test_tensorboard_gets_the_figure_of_recall(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "run", make_trace(), clips=0)
+    write_json(tmp_path / "run/probes.json", RECALL)
+    with SummaryWriter(str(tmp_path / "logs")) as writer:
+        log_evaluation(writer, tmp_path / "run", 3)
+    tags = EventAccumulator(str(tmp_path / "logs"), size_guidance={"images": 0}).Reload().Tags()
+    assert "longgen/figures/recall" in tags["images"]

@@ -1,3 +1,5 @@
+"""Lasting rises of the norm: found where they are, and not where they are not."""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +15,6 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import Jump, find_jumps, ratios_at, spans
 from moshi_ttt.diagnosis.rises import p_value
 from moshi_ttt.errors import UserError
-from moshi_ttt.evaluation.scalars import position_summary
 from moshi_ttt.files import write_json
 from moshi_ttt.instruments.events import Event
 from moshi_ttt.instruments.trace import Trace
@@ -285,53 +286,3 @@ def test_ratio_at_a_position_compares_the_windows_on_both_sides() -> None:
     assert ratios_at(trace, 375) == pytest.approx([1, 1, 1, 1], rel=0.1)
     assert np.isnan(ratios_at(trace, 860)).all()
     assert np.isnan(ratios_at(trace, 40)).all()
-
-
-def test_summary_of_a_hybrid_with_a_jump() -> None:
-    trace = make_trace(jump_at=763)
-    jumps = find_jumps(trace)
-    scalars = position_summary(trace, jumps)
-    assert scalars["longgen/jump/count"] == 1
-    assert scalars["longgen/jump/step"] == jumps[0].step
-    assert scalars["longgen/jump/seconds"] == pytest.approx(0.08 * jumps[0].step)
-    assert scalars["longgen/jump/legacy_token"] == 8 * jumps[0].step
-    assert scalars["longgen/jump/ratio"] == pytest.approx(1.5, rel=0.06)
-    assert scalars["longgen/jump/ratio/layer_03"] == jumps[0].layer_ratios[-1]
-    assert "longgen/jump/ratio/layer_00" not in scalars
-    norm = np.median(np.median(trace.input_norm[:, 3, 100:150], axis=-1))
-    assert scalars["longgen/input_norm/layer_03/start"] == pytest.approx(float(norm))
-    assert scalars["longgen/input_norm/layer_03/growth"] == pytest.approx(1.5, rel=0.1)
-    assert scalars["longgen/ratio_at_C/layer_03"] == pytest.approx(1, rel=0.1)
-    assert scalars["longgen/ratio_at_2C/layer_03"] == pytest.approx(1.5, rel=0.1)
-    for layer, index in ((2, 0), (3, 1)):
-        ratio = float(np.median(trace.branch_ratio[:, index, 100:]))
-        assert scalars[f"memory/branch_ratio/layer_{layer:02d}"] == pytest.approx(ratio)
-        assert scalars[f"memory/inner_updates/layer_{layer:02d}"] == 899 // 16
-    assert scalars["cache/evicted_steps"] == 525
-    assert scalars["cache/wraps"] == 2
-    assert scalars["longgen/entropy/text/end"] == pytest.approx(1.5, rel=0.1)
-
-
-@pytest.mark.filterwarnings("error")
-def test_summary_of_norms_that_are_not_finite_is_nan_without_a_warning() -> None:
-    trace = make_trace()
-    trace.input_norm[:, 0, 300:] = np.inf
-    trace.input_norm[:, 1, 300:] = np.nan
-    scalars = position_summary(trace, find_jumps(trace))
-    for layer in (0, 1):
-        assert math.isfinite(scalars[f"longgen/input_norm/layer_{layer:02d}/start"])
-        assert math.isnan(scalars[f"longgen/input_norm/layer_{layer:02d}/growth"])
-        assert math.isnan(scalars[f"longgen/ratio_at_C/layer_{layer:02d}"])
-    assert math.isfinite(scalars["longgen/ratio_at_C/layer_02"])
-
-
-def test_summary_is_nan_where_nothing_is_defined() -> None:
-    trace = make_trace(hybrid_layers=(), context_steps=600)
-    scalars = position_summary(trace, [])
-    assert scalars["longgen/jump/count"] == 0
-    for tag in ("step", "seconds", "legacy_token", "ratio"):
-        assert math.isnan(scalars[f"longgen/jump/{tag}"])
-    assert math.isfinite(scalars["longgen/ratio_at_C/layer_00"])
-    assert math.isnan(scalars["longgen/ratio_at_2C/layer_00"])
-    assert not any(tag.startswith("memory/") for tag in scalars)
-    assert all(isinstance(value, float) for value in scalars.values())

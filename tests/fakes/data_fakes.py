@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.clock import Clock
+from moshi_ttt.data import EncodedRecording, Probe
 
 CLOCK = Clock()
 PAD, END_PAD = 3, 0
@@ -98,3 +99,9 @@ def write_manifest(path: Path, seconds: dict[str, float]) -> Path:
         lines.append(json.dumps({"path": name, "duration": length}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def random_recording(steps: int, probes: tuple[Probe, ...] = ()) -> EncodedRecording:
+    """Codes that a tiny model knows, none of them padding, with the probes given."""
+    codes = torch.randint(4, 15, (17, steps), generator=torch.Generator().manual_seed(0))
+    return EncodedRecording("a", codes, probes)

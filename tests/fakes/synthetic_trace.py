@@ -136,3 +136,15 @@ def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int
             "scalars": scalars,
         },
     )
+
+
+RECALL = {
+    "gap_sec": [4, 20, 60, 240],
+    "words": [100, 50, 40, 10],
+    "accuracy": [0.9, 0.6, 0.2, 0.0],
+    "chance": [0.1, 0.1, 0.1, 0.1],
+    "nll": [0.5, 1.0, 3.0, 4.0],
+    "low": [0.83, 0.46, 0.1, 0.0],
+    "high": [0.94, 0.72, 0.35, 0.28],
+}
+"""What `recall_record` gives: good within the window, chance beyond it."""

@@ -17,15 +17,8 @@ from moshi_ttt.instruments.attention_mass import AttentionProbe
 from moshi_ttt.instruments.recorder import FAST_WEIGHT_STRIDE, Recorder
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers, observe_branches
-from moshi_ttt.model.rings import (
-    CacheSnapshot,
-    attention_of,
-    held_positions,
-    ring_of,
-    ring_snapshots,
-)
-from moshi_ttt.model.sinks import AttentionControls, SinkRing
-from moshi_ttt.model.source import open_source
+from moshi_ttt.model.rings import attention_of
+from moshi_ttt.model.sinks import AttentionControls
 
 
 def forced(lm: LMModel, probe: AttentionProbe | None = None) -> Recorder:
@@ -261,55 +254,9 @@ def test_a_probe_of_layers_that_do_not_exist_says_so(make_lm: MakeLM) -> None:
         AttentionProbe([0], every_n_steps=0)
 
 
-@pytest.mark.parametrize("sinks", [0, 3])
-def test_held_positions_are_those_that_were_written_last(make_lm: MakeLM, sinks: int) -> None:
-    ring = SinkRing(1, 1, 2, 8, sinks, device=torch.device("cpu"), dtype=torch.float32)
-    everything = torch.ones(1, dtype=torch.bool)
-    for step in range(30):
-        ring.complete(torch.full((1, 1, 1, 2), float(step)), torch.zeros(1, 1, 1, 2), everything)
-        held = held_positions(ring)[0]
-        kept = held >= 0
-        # each key was filled with its own position
-        assert torch.equal(ring.cache[0, 0, 0, kept, 0], held[kept].float())
-        snapshot = CacheSnapshot("transformer.x", step + 1, 8, sinks=sinks)
-        first, last = snapshot.valid_positions or (0, -1)
-        expected = set(range(min(sinks, step + 1))) | set(range(first, last + 1))
-        assert set(held[kept].tolist()) == expected
-        lost = snapshot.lost_positions
-        gone = set() if lost is None else set(range(lost[0], lost[1] + 1))
-        assert gone == set(range(step + 1)) - expected
-        assert len(gone) == snapshot.evicted_steps
-
-
-def test_ranges_of_a_ring_over_its_turns() -> None:
-    def ranges(end: int) -> tuple[Any, ...]:
-        ring = CacheSnapshot("transformer.layers.0.self_attn", end, 8)
-        return ring.valid_positions, ring.lost_positions, ring.overwritten_slots, ring.wraps
-
-    assert ranges(0) == (None, None, None, 0)
-    assert ranges(8) == ((0, 7), None, None, 0)
-    assert ranges(9) == ((1, 8), (0, 0), (0, 0), 1)
-    assert ranges(16) == ((8, 15), (0, 7), (0, 7), 1)
-    assert ranges(17) == ((9, 16), (0, 8), (0, 0), 2)
-
-
 def test_rings_say_whose_they_are_and_how_large(make_lm: MakeLM) -> None:
     rings = {ring.module: ring for ring in forced(hybrid(make_lm)).rings}
     temporal = rings["transformer.layers.0.base.self_attn"]
     assert (temporal.role, temporal.heads, temporal.head_dim) == ("temporal", 2, 16)
     assert temporal.size_bytes == 2 * STREAMS * 2 * CONTEXT * 16 * 4
     assert rings["depformer.layers.0.self_attn"].role == "depformer"
-
-
-def test_the_codecs_rings_are_told_apart_and_count_their_own_positions() -> None:
-    codec = open_source("tiny").codec()
-    with codec.streaming(1), torch.no_grad():
-        for _ in range(3):
-            codec.encode(torch.zeros(1, 1, 1920))
-        rings = ring_snapshots(codec, prefix="codec", positions_per_step=4)
-        assert {ring.role for ring in rings} == {"codec"}
-        encoder = [ring for ring in rings if "encoder_transformer" in ring.module]
-        assert encoder
-        assert {ring.end_offset for ring in encoder} == {3 * 4}
-        held = held_positions(ring_of(codec.encoder_transformer.transformer.layers[0].self_attn))
-    assert held[0, :12].tolist() == list(range(12))

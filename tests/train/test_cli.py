@@ -1,0 +1,144 @@
+"""The command line of a training: configs, mistakes and help."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from moshi_ttt.errors import UserError, run_program
+from train.data import ConversationData
+from train.fit import CONFIGS, FitCLI, main
+from train.module import MoshiTTT, OptimConfig
+
+
+def parse(*args: str) -> FitCLI:
+    return FitCLI(MoshiTTT, ConversationData, args=list(args), run=False, save_config_callback=None)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("long*.yaml")))
+@pytest.mark.parametrize(
+    "overlays", [[], ["moshiko.yaml"], ["moshiko.yaml", "moshi7b_random.yaml"]]
+)
+def test_every_shipped_config_loads_alone_and_with_its_overlays(
+    name: str, overlays: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = [part for config in [name, *overlays] for part in ("--config", config)]
+    cli = parse(*args, "--trainer.accelerator=cpu")
+    assert f"long{cli.datamodule.duration_sec:g}s.yaml" == name
+    assert cli.run_folder == Path(f"runs/{name.removesuffix('.yaml')}/000")
+    expected = {0: "tiny", 1: "kyutai/moshiko-pytorch-bf16", 2: "moshi7b-random"}[len(overlays)]
+    assert cli.model.config.source == cli.datamodule.source == expected
+    assert not list(tmp_path.iterdir()), "looking at a config must not write anything"
+
+
+def test_shipped_overlays_are_all_tried() -> None:
+    names = {path.name for path in CONFIGS.iterdir()}
+    assert names - {n for n in names if n.startswith("long")} == {
+        "moshiko.yaml",
+        "moshi7b_random.yaml",
+        "tiny_base.yaml",
+    }
+
+
+def test_the_recipe_of_the_tiny_base_trains_all_of_moshi_and_adds_nothing() -> None:
+    # what it names is built by scripts/bundle/tiny_bundle.sh: stand in what was shipped of it
+    cli = parse(
+        "--config=tiny_base.yaml",
+        "--model.source=tiny",
+        "--data.manifest=assets/conversations/train/manifest.jsonl",
+        "--data.val_manifest=assets/conversations/heldout/manifest.jsonl",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+    )
+    assert cli.model.config.train == "base"
+    assert cli.datamodule.duration_sec == 15
+    assert cli.datamodule.source == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--data.durations_sec=60", "durations_sec"),
+        ("--model.memory.lairs=last:1", "lairs"),
+        ("--data.duration_sec=180", "outside 15..120; use 15-120, or set data.allow_any_duration"),
+        ("--model.memory.layers=last:0", "model.memory.layers"),
+        ("--model.optim.lr_memory=-1", "model.optim.lr_memory=-1"),
+        ("--model.train=everything", "everything"),
+        ("--long_generation.run.prompts=0", "prompts=0 must be at least 1"),
+        ("--data.manifest=nowhere.jsonl", "data.manifest=nowhere.jsonl"),
+        ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt does not exist"),
+        ("--ckpt_path=last", "last.ckpt"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_loaded_and_name_their_key(
+    argument: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.module.build_lm", None)
+    with pytest.raises((SystemExit, UserError)) as error:
+        parse("--config", "long60s.yaml", argument)
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_help_explains_every_field_of_every_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    options = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    ours = [o for o in options if re.match(r"--(model|data|long_generation|checkpoint)\.", o)]
+    assert len(ours) > 45
+    for option in ours:
+        text = re.sub(r"\(type: .*", "", option, flags=re.DOTALL).split(maxsplit=2)
+        if "CONFIG" not in option.split("\n")[0]:
+            assert len(text) == 3, option
+            assert len(text[2].split()) >= 4, option
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.memory.layers=[7]", "use indices in 0..5"),
+        ("--model.memory.heads=3", "must divide the model's 256 channels"),
+        ("--model.source=nope", "model.source='nope'"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_audio_is_encoded(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ConversationData, "prepare_data", None)
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(["--config", "long60s.yaml", argument])
+    assert not list(tmp_path.iterdir())
+
+
+def test_programs_end_with_a_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UserError("a.b=1 must be 2; write 2")
+
+    with pytest.raises(SystemExit) as stop:
+        run_program(fail)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: a.b=1 must be 2; write 2\n"
+
+
+def test_learning_rates_written_as_yaml_floats_without_a_dot_are_numbers() -> None:
+    cli = parse("--config", "long60s.yaml", "--model.optim.lr_memory=2e-6")
+    assert cli.model.optim_config.lr_memory == 2e-6
+
+
+def test_schedule_warms_up_then_decays_to_its_final_fraction() -> None:
+    config = OptimConfig(warmup_fraction=0.1, final_lr_fraction=0.1)
+    factors = [config.factor(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0)
+    assert factors[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
