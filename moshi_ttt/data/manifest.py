@@ -19,6 +19,7 @@ from moshi_ttt.data.codes_file import CODES_SUFFIX, CodesFormat, read_codes
 from moshi_ttt.data.probes import read_probes
 from moshi_ttt.data.text import TextStream, Tokenizer, text_stream
 from moshi_ttt.errors import UserError
+from moshi_ttt.rows import TEXT_ROW
 
 SHOWN_PROBLEMS = 20
 
@@ -185,7 +186,7 @@ def _check_codes(
     if codes_format is not None:
         check.text_tokens += codes_format.text_tokens(codes)
     if entry.alignments_path.is_file():
-        _check_words(entry, duration_sec, codes[0], clock, tokenizer, check)
+        _check_words(entry, duration_sec, codes[TEXT_ROW], clock, tokenizer, check)
 
 
 def _check_duration(

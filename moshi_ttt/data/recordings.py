@@ -20,6 +20,7 @@ from moshi_ttt.data.probes import Probe, read_probes
 from moshi_ttt.data.text import TextStream, Tokenizer, text_stream
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import ModelSource
+from moshi_ttt.rows import TEXT_ROW
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class RecordingReader:
             probes: tuple[Probe, ...] = ()
             if words is not None:
                 probes, problems = read_probes(
-                    entry.alignments_path, words, stream, codes[0], tokenizer
+                    entry.alignments_path, words, stream, codes[TEXT_ROW], tokenizer
                 )
                 raise_together(entry.name, problems)
             recordings.append(EncodedRecording(entry.name, codes, probes))

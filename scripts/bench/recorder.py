@@ -25,6 +25,7 @@ from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import ModelConfig, build_lm
 from moshi_ttt.model.source import RANDOM_7B, ModelSource, open_source
+from moshi_ttt.rows import Rows
 
 SKIPPED_STEPS = 30  # the graphs are captured in the first ones
 Kind = Literal["plain", "recorder", "recorder + attention"]
@@ -47,7 +48,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     if options.attention_every:
         kinds.append("recorder + attention")
     codes = torch.randint(
-        0, min(lm.card, lm.text_card), (options.streams, lm.num_codebooks, options.steps)
+        0, min(lm.card, lm.text_card), (options.streams, Rows.of(lm).count, options.steps)
     )
     times_ms: dict[Kind, list[float]] = {kind: [] for kind in kinds}
     for turn in range(options.repeats + 1):
@@ -107,7 +108,7 @@ def _step_ms(lm: LMModel, codes: torch.Tensor, recorder: Recorder | None) -> flo
 
     gc.collect()  # moshi's streaming modules and their graphs hold themselves in cycles
     with borrowed(lm, 0):
-        generate(lm, codes[:, :, :10], codes[:, 1 + lm.dep_q :], recorder=recorder, on_step=clock)
+        generate(lm, codes[:, :, :10], codes[:, Rows.of(lm).user], recorder=recorder, on_step=clock)
     return 1000 * (at[1] - at[0]) / (codes.shape[-1] - 1 - SKIPPED_STEPS)
 
 

@@ -143,7 +143,7 @@ def _one_process(rank: int, folder: str) -> None:
     metric = PositionNLL(window_steps=2, windows=2)
     rows = slice(0, 3) if rank == 0 else slice(3, 4)
     codes, probability = _four_rows()
-    layout = type("Layout", (), {"audio_offset": 1, "dep_q": 8})
+    layout = type("Layout", (), {"n_q": 16, "dep_q": 8})
     metric.update(layout, output_with(probability[rows], codes[rows], 20, 16), codes[rows])
     result = metric.compute()
     torch.save(result, f"{folder}/{rank}.pt")
