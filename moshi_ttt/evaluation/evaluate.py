@@ -27,7 +27,7 @@ from moshi_ttt.evaluation.scalars import position_summary, quality_scalars, reca
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.generation.prompts import choose_prompts
 from moshi_ttt.generation.users import silence_codes
-from moshi_ttt.instruments.attention_mass import AttentionProbe
+from moshi_ttt.instruments.attention_mass import AttentionWatch
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.hybrid import hybrid_layers
@@ -79,10 +79,10 @@ def evaluate(
         borrowed(lm, config.seed),
         tqdm(total=steps, desc=f"generating, {label}", unit="step") as progress,
     ):
-        probe = None
+        watch = None
         if config.attention_layers:
-            probe = AttentionProbe(list(config.attention_layers), config.attention_every_steps)
-        recorder = Recorder(lm, len(names), steps, probe)
+            watch = AttentionWatch(list(config.attention_layers), config.attention_every_steps)
+        recorder = Recorder(lm, len(names), steps, watch)
         log = None
         if config.log_interval_steps:
             log = ConsoleLog(

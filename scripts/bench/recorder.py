@@ -20,7 +20,7 @@ from moshi.models.lm import LMModel
 
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.generation.generate import borrowed, generate
-from moshi_ttt.instruments.attention_mass import AttentionProbe
+from moshi_ttt.instruments.attention_mass import AttentionWatch
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import ModelConfig, build_lm
@@ -43,7 +43,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = open_source(options.model)
     lm = _model(source, options.memory, options.context_steps, device)
-    probed = [0, source.num_layers // 2, source.num_layers - 1]
+    watched = [0, source.num_layers // 2, source.num_layers - 1]
     kinds: list[Kind] = ["plain", "recorder"]
     if options.attention_every:
         kinds.append("recorder + attention")
@@ -56,9 +56,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         for kind in kinds if turn % 2 else reversed(kinds):
             recorder = None
             if kind != "plain":
-                probe = AttentionProbe(sorted(set(probed)), options.attention_every or 1)
-                probe_or_none = probe if kind == "recorder + attention" else None
-                recorder = Recorder(lm, options.streams, options.steps, probe_or_none)
+                watch = AttentionWatch(sorted(set(watched)), options.attention_every or 1)
+                attention = watch if kind == "recorder + attention" else None
+                recorder = Recorder(lm, options.streams, options.steps, attention)
             step_ms = _step_ms(lm, codes, recorder)
             if turn:
                 times_ms[kind].append(step_ms)
