@@ -12,13 +12,6 @@ from moshi_ttt.instruments.trace import Trace
 NEAR_STEPS = 50  # a jump within one window of a position may belong to it
 NOTICEABLE = 0.05  # relative change of a norm that is worth a word
 
-WHY = {
-    "C": "the attention ring is full: from here on each new step overwrites the oldest one",
-    "2C": "the last step that had attended to step 0 directly leaves the ring",
-    "prompt end": "the recording stops and the model goes on by itself",
-    "trained length": "no training clip was longer than this",
-    "legacy token 6000": "60 s, where the research notes saw their jump",
-}
 CAPTIONS = {
     "input_norm": "L2 norm of what enters each layer (the old notes called it resid). Bands: "
     "middle half of the streams. Dashed: structural positions. Red: jumps that were found.",

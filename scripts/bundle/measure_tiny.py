@@ -6,7 +6,8 @@
 
 Held-out loss of each group of rows beside what a unigram and a copying model lose; loss against
 position on stretches that start anywhere behind the greeting of a conversation, which is easier
-than the rest; input norms while talking freely and while reading; recall of probes against their gap.
+than the rest; input norms while talking freely and while reading; recall of probes against their
+gap.
 """
 
 from __future__ import annotations
