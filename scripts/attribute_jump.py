@@ -51,7 +51,7 @@ from moshi_ttt.model.weights import load_trained
 from moshi_ttt.report.attribution import write_page
 from moshi_ttt.rows import Rows
 
-PROBE_STEPS = 40  # generated to measure the speed before the cost is printed
+TRIAL_STEPS = 40  # generated to measure the speed before the cost is printed
 QUICK_PROMPT_SEC = 2.0
 
 
@@ -154,7 +154,7 @@ def _steps_per_sec(
     """Measured on the first steps of the cell that runs next, after a few to warm up."""
     times: list[float] = []
     short = Streams(
-        streams.codes[..., :PROBE_STEPS], streams.silence, streams.prompt_steps, streams.seeds
+        streams.codes[..., :TRIAL_STEPS], streams.silence, streams.prompt_steps, streams.seeds
     )
     run_cell(
         lm, controls, condition, short, seed=seed, on_step=lambda _: times.append(time.monotonic())

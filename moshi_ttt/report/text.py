@@ -62,7 +62,10 @@ GLOSSARY = {
     "turns": "How often writing has gone back to slot 0.",
     "jump": "A lasting rise of a layer's input norm at one position: the median of the 50 steps "
     "after it against the 50 steps before it, in at least three quarters of the streams, clearly "
-    "above the layer's usual variation, and held afterwards.",
+    "above the layer's usual variation, and held afterwards. scripts/attribute_jump.py measures a "
+    "rise otherwise, by means of 40 steps and from 10 % on: it compares runs in pairs and "
+    "resamples their streams, for which only means add up; one run by itself needs medians, which "
+    "bursts do not move, and 15 %.",
     "score": "Size of a jump in units of the layer's usual variation from window to window.",
     "branch ratio": "Norm of what the memory adds over the norm of the residual it is added to.",
     "gate": "What the memory's output is multiplied by before it is added; 0 is plain Moshi.",

@@ -4,7 +4,7 @@
     pip install ruptures && python scripts/bench/jump_finder.py --ruptures
 
 Noise as of speech: autocorrelated over 5 steps, heavy-tailed, half of it shared by the layers,
-and turns of talking and listening. A run is 900 steps of 4 layers.
+and talking and listening by turns. A run is 900 steps of 4 layers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def noise(generator: np.random.Generator, streams: int, sd: float) -> np.ndarray
     """Log-norm noise [S, L, T]."""
     innovations = generator.standard_t(4, size=(streams, LAYERS + 1, STEPS)) / np.sqrt(2)
     correlated = lfilter([np.sqrt(1 - 0.8**2)], [1.0, -0.8], innovations, axis=-1)
-    turns = np.cumsum(generator.random((streams, 1, STEPS)) < 1 / 25, axis=-1) % 2
-    return np.asarray(sd * (correlated[:, :1] + correlated[:, 1:]) / np.sqrt(2) + 0.1 * turns)
+    talks = np.cumsum(generator.random((streams, 1, STEPS)) < 1 / 25, axis=-1) % 2
+    return np.asarray(sd * (correlated[:, :1] + correlated[:, 1:]) / np.sqrt(2) + 0.1 * talks)
 
 
 def _flat(_: np.random.Generator, __: int) -> np.ndarray:

@@ -3,8 +3,8 @@
     python scripts/bench/recorder.py --model moshi7b-random --streams 4
     python scripts/bench/recorder.py --model tiny --steps 60
 
-One model, generations with and without the recorder in turns (each captures its own CUDA graphs
-on a GPU), medians over the turns. The first generation of each kind only warms up.
+One model, generations with and without the recorder by rounds (each captures its own CUDA graphs
+on a GPU), medians over the rounds. The first generation of each kind only warms up.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         0, min(lm.card, lm.text_card), (options.streams, Rows.of(lm).count, options.steps)
     )
     times_ms: dict[Kind, list[float]] = {kind: [] for kind in kinds}
-    for turn in range(options.repeats + 1):
+    for number in range(options.repeats + 1):
         # there and back again: a machine that slows down does so for both
-        for kind in kinds if turn % 2 else reversed(kinds):
+        for kind in kinds if number % 2 else reversed(kinds):
             recorder = None
             if kind != "plain":
                 watch = AttentionWatch(sorted(set(watched)), options.attention_every or 1)
                 attention = watch if kind == "recorder + attention" else None
                 recorder = Recorder(lm, options.streams, options.steps, attention)
             step_ms = _step_ms(lm, codes, recorder)
-            if turn:
+            if number:
                 times_ms[kind].append(step_ms)
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{where}, torch {torch.__version__}, {options.model}, memory {options.memory}")
-    print(f"{options.streams} streams, {options.steps} steps, {options.repeats} turns")
+    print(f"{options.streams} streams, {options.steps} steps, {options.repeats} rounds")
     medians: dict[str, float] = {}
     for kind in kinds:
         medians[kind] = statistics.median(times_ms[kind])
@@ -120,7 +120,7 @@ def _parser() -> ArgumentParser:
     add("--memory", type=rules, default="gated_delta", help="Rule in the last five layers.")
     add("--streams", type=int, default=4, help="Rows of the batch.")
     add("--steps", type=int, default=300, help="Length of one generation.")
-    add("--repeats", type=int, default=5, help="Turns after the one that warms up.")
+    add("--repeats", type=int, default=5, help="Rounds after the one that warms up.")
     add("--context_steps", type=int | None, default=375, help="Ring capacity C.")
     add("--attention_every", type=int, default=0, help="Also with attention mass every n steps.")
     add("--device", type=str | None, help="Default: cuda if there is one.")

@@ -32,8 +32,8 @@ def noise(
     streams, layers, steps = shape
     innovations = generator.standard_t(4, size=(streams, layers + 1, steps)) / np.sqrt(2)
     correlated = lfilter([np.sqrt(1 - memory**2)], [1.0, -memory], innovations, axis=-1)
-    turns = np.cumsum(generator.random((streams, 1, steps)) < 1 / 25, axis=-1) % 2
-    return sd * (correlated[:, :1] + correlated[:, 1:]) / np.sqrt(2) + 0.1 * turns
+    talks = np.cumsum(generator.random((streams, 1, steps)) < 1 / 25, axis=-1) % 2
+    return sd * (correlated[:, :1] + correlated[:, 1:]) / np.sqrt(2) + 0.1 * talks
 
 
 def not_measured(shape: tuple[int, int, int], hybrids: int) -> dict[str, np.ndarray]:
