@@ -49,8 +49,9 @@ from moshi_ttt.model.sinks import AttentionControls
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.model.weights import load_trained
 from moshi_ttt.report.attribution import write_page
+from moshi_ttt.rows import Rows
 
-PROBE_STEPS = 40  # generated to measure the speed before the cost is printed
+TRIAL_STEPS = 40  # generated to measure the speed before the cost is printed
 QUICK_PROMPT_SEC = 2.0
 
 
@@ -153,7 +154,7 @@ def _steps_per_sec(
     """Measured on the first steps of the cell that runs next, after a few to warm up."""
     times: list[float] = []
     short = Streams(
-        streams.codes[..., :PROBE_STEPS], streams.silence, streams.prompt_steps, streams.seeds
+        streams.codes[..., :TRIAL_STEPS], streams.silence, streams.prompt_steps, streams.seeds
     )
     run_cell(
         lm, controls, condition, short, seed=seed, on_step=lambda _: times.append(time.monotonic())
@@ -218,8 +219,7 @@ def _streams(
             "teacher-forced cells are left out, and drift stays undecided"
         )
     starts = choose_prompts(recordings, matrix.prompts, matrix.steps if forced else prompt_steps)
-    own = 1 + lm.dep_q
-    silence = silence_codes(source.codec(), source.clock, lm.num_codebooks - own).cpu()
+    silence = silence_codes(source.codec(), source.clock, Rows.of(lm).user_codebooks).cpu()
     streams = streams_from(
         starts, silence, steps=matrix.steps, prompt_steps=prompt_steps, seeds=matrix.seeds
     )

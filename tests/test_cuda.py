@@ -11,7 +11,7 @@ from moshi.models.lm import LMModel
 from moshi.utils.compile import no_cuda_graph
 
 from moshi_ttt.generation.generate import borrowed, generate
-from moshi_ttt.instruments.attention_mass import AttentionProbe
+from moshi_ttt.instruments.attention_mass import AttentionWatch
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers
@@ -33,7 +33,7 @@ def lm(make_lm: MakeLM, request: pytest.FixtureRequest) -> LMModel:
 
 def record(lm: LMModel, codes: torch.Tensor) -> Recorder:
     with borrowed(lm, 0):
-        recorder = Recorder(lm, STREAMS, STEPS, AttentionProbe([0, 1], every_n_steps=7))
+        recorder = Recorder(lm, STREAMS, STEPS, AttentionWatch([0, 1], every_n_steps=7))
         generate(lm, codes, codes[:, 9:], recorder=recorder)
     return recorder
 

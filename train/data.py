@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class ConversationData(LightningDataModule):
-    """Stereo conversations as clips of Moshi's 17 token streams.
+    """Stereo conversations as clips of Moshi's 17 rows of codes.
 
     A batch is `{"codes": int64 [B, 17, T], "start_step": int64 [B], "recording": list[str]}`.
 

@@ -189,7 +189,7 @@ class MoshiTTT(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss and per-stream NLL of held-out clips."""
+        """Loss of held-out clips, and NLL of each group of rows."""
         codes: Tensor = batch["codes"]
         output = self.lm(codes)
         self.val_nll.update(self.lm, output, codes)
@@ -199,8 +199,8 @@ class MoshiTTT(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the epoch, exact over all processes."""
         self.log("val/loss", self.val_loss.compute(), prog_bar=True)
-        for stream, nll in self.val_nll.compute().items():
-            self.log(f"val/nll/{stream}", nll.float())
+        for group, nll in self.val_nll.compute().items():
+            self.log(f"val/nll/{group}", nll.float())
         self.val_loss.reset()
         self.val_nll.reset()
 

@@ -23,6 +23,7 @@ from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.model.hybrid import gates_forced_to_zero
 from moshi_ttt.model.sinks import AttentionControls
+from moshi_ttt.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class Streams:
         digest.update(self.silence.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def batch(self, condition: Condition, own: int) -> tuple[Tensor, Tensor]:
+    def batch(self, condition: Condition, rows: Rows) -> tuple[Tensor, Tensor]:
         """Forced codes [S, 17, P] and user [S, K_user, T]; one row a prompt where all is forced."""
         codes = self.codes
         if condition.regime != "forced":
             # without sampling, seeds would repeat each other
             codes = codes.repeat_interleave(self.seeds, dim=0)
-        heard = codes[:, own:]
+        heard = codes[:, rows.user]
         user = torch.where(heard >= 0, heard, self.silence)
         if condition.regime == "silent":
             user[..., self.prompt_steps :] = self.silence
@@ -81,7 +82,9 @@ class _ForcedNLL:
 
     def __init__(self, lm: LMModel, codes: Tensor) -> None:
         self._lm = lm
-        self._targets = codes[:, :2].permute(1, 2, 0).contiguous().to(lm.device)  # [2, T, S]
+        rows = Rows.of(lm)
+        targets = torch.cat([codes[:, rows.text], codes[:, rows.first_codebook]], dim=1)
+        self._targets = targets.permute(1, 2, 0).contiguous().to(lm.device)  # [2, T, S]
         self._values = torch.full(self._targets.shape, torch.nan, device=lm.device)
         self._step = torch.full((1,), -1, dtype=torch.long, device=lm.device)
 
@@ -134,26 +137,25 @@ def run_cell(
         seed: of the sampling.
         on_step: called with each finished step.
     """
-    own = 1 + lm.dep_q
-    forced, user = streams.batch(condition, own)
+    forced, user = streams.batch(condition, Rows.of(lm))
     controls.set(
         context_steps=condition.context_steps,
         sinks=condition.sinks,
         start_position=condition.start_position,
     )
-    probe = _ForcedNLL(lm, forced) if condition.regime == "forced" else None
+    forced_nll = _ForcedNLL(lm, forced) if condition.regime == "forced" else None
     recorder = Recorder(lm, len(user), user.shape[-1])
     with (
         borrowed(lm, seed),
         gates_forced_to_zero(lm) if condition.gates_shut else nullcontext(),
-        probe.attached() if probe else nullcontext(),
+        forced_nll.attached() if forced_nll else nullcontext(),
     ):
         generate(lm, forced, user, recorder=recorder, on_step=on_step)
     norm = recorder.arrays()["input_norm"]
     nll = None
-    if probe is not None:
+    if forced_nll is not None:
         norm = np.repeat(norm, streams.seeds, axis=0)
-        nll = np.repeat(probe.array(), streams.seeds, axis=0)
+        nll = np.repeat(forced_nll.array(), streams.seeds, axis=0)
     with np.errstate(divide="ignore"):
         log_norm = np.log(norm)
     return Cell(condition, log_norm, streams.prompts, streams.prompt_steps, nll)

@@ -19,6 +19,7 @@ from moshi_ttt.data.text import ZERO_TOKEN
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import write_atomic
 from moshi_ttt.model.source import ModelSource
+from moshi_ttt.rows import AUDIO_ROWS, TEXT_ROW
 
 CODES_SUFFIX = ".npz"
 LARGEST_CODE = 2047  # Mimi's codebooks have 2048 entries, smaller codecs fewer
@@ -51,7 +52,7 @@ class CodesFormat:
     def text_tokens(self, codes: Tensor) -> int:
         """Tokens of words in the text row of `codes` [17, T]."""
         silent = torch.tensor([ZERO_TOKEN, *self.padding_ids])
-        return int((~torch.isin(codes[0], silent)).sum())
+        return int((~torch.isin(codes[TEXT_ROW], silent)).sum())
 
 
 def write_codes(path: Path, codes: Tensor, made_with: CodesFormat, made_of: str) -> None:
@@ -96,7 +97,7 @@ def read_codes(path: Path, expected: CodesFormat | None) -> Tensor:
             f"{path}: codes are {codes.dtype} {list(codes.shape)}; the rule is int16 [{rows}, "
             f"steps], text above Moshi's codebooks above the user's: {REMEDY}"
         )
-    low, high = int(codes.min()), int(codes[1:].max(initial=ZERO_TOKEN))
+    low, high = int(codes.min()), int(codes[AUDIO_ROWS].max(initial=ZERO_TOKEN))
     if low < ZERO_TOKEN or high > LARGEST_CODE:
         wrong = low if low < ZERO_TOKEN else high
         raise UserError(

@@ -17,8 +17,9 @@ from moshi_ttt.data.alignments import read_alignments
 from moshi_ttt.data.audio import inspect_audio, read_audio
 from moshi_ttt.data.codes_file import CODES_SUFFIX, CodesFormat, read_codes
 from moshi_ttt.data.probes import read_probes
-from moshi_ttt.data.text import TextStream, Tokenizer, text_stream
+from moshi_ttt.data.text import TextRow, Tokenizer, lay_text
 from moshi_ttt.errors import UserError
+from moshi_ttt.rows import TEXT_ROW
 
 SHOWN_PROBLEMS = 20
 
@@ -166,10 +167,10 @@ def _check_audio(
             f"{clock.sample_rate} Hz"
         )
     _check_duration(entry, duration_sec, clock, check)
-    stream = _check_words(entry, duration_sec, None, clock, tokenizer, check)
-    if stream is not None:
-        check.text_tokens += stream.written_tokens
-        check.dropped_text_tokens += stream.dropped_tokens
+    laid = _check_words(entry, duration_sec, None, clock, tokenizer, check)
+    if laid is not None:
+        check.text_tokens += laid.written_tokens
+        check.dropped_text_tokens += laid.dropped_tokens
 
 
 def _check_codes(
@@ -185,7 +186,7 @@ def _check_codes(
     if codes_format is not None:
         check.text_tokens += codes_format.text_tokens(codes)
     if entry.alignments_path.is_file():
-        _check_words(entry, duration_sec, codes[0], clock, tokenizer, check)
+        _check_words(entry, duration_sec, codes[TEXT_ROW], clock, tokenizer, check)
 
 
 def _check_duration(
@@ -206,7 +207,7 @@ def _check_words(
     clock: Clock,
     tokenizer: Tokenizer,
     check: ManifestCheck,
-) -> TextStream | None:
+) -> TextRow | None:
     """Check alignments and probes, against a `text_row` [T] where there is one already."""
     found = read_alignments(entry.alignments_path, duration_sec, clock.step_sec)
     check.problems += [f"line {entry.line}: {problem}" for problem in found.problems]
@@ -214,7 +215,7 @@ def _check_words(
     if found.words is None or found.problems:
         return None
     # only counts and places are used, so the ids of padding do not matter
-    stream = text_stream(
+    laid = lay_text(
         found.words,
         tokenizer,
         clock.steps(duration_sec),
@@ -222,9 +223,9 @@ def _check_words(
         padding_id=0,
         end_of_padding_id=0,
     )
-    row = stream.tokens if text_row is None else text_row
-    probes, problems = read_probes(entry.alignments_path, found.words, stream, row, tokenizer)
+    row = laid.tokens if text_row is None else text_row
+    probes, problems = read_probes(entry.alignments_path, found.words, laid, row, tokenizer)
     check.words += len(found.words)
     check.probes += len(probes)
     check.problems += [f"line {entry.line}: {problem}" for problem in problems]
-    return stream
+    return laid

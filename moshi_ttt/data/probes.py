@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from moshi_ttt.data.alignments import MAIN_SPEAKER, Word
-from moshi_ttt.data.text import TextStream, Tokenizer
+from moshi_ttt.data.text import TextRow, Tokenizer
 
 RULE = (
     'each probe is {"kind": "code", "answered_by": "SPEAKER_MAIN", "answer": [["four", '
@@ -45,7 +45,7 @@ class Probe:
 def read_probes(
     path: Path,
     words: Sequence[Word],
-    layout: TextStream,
+    layout: TextRow,
     text_row: Tensor,
     tokenizer: Tokenizer,
 ) -> tuple[tuple[Probe, ...], list[str]]:

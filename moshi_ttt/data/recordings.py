@@ -17,9 +17,10 @@ from moshi_ttt.data.codes import encode_recording
 from moshi_ttt.data.codes_file import CodesFormat, read_codes
 from moshi_ttt.data.manifest import ManifestEntry, check_manifest, raise_together, read_manifest
 from moshi_ttt.data.probes import Probe, read_probes
-from moshi_ttt.data.text import TextStream, Tokenizer, text_stream
+from moshi_ttt.data.text import TextRow, Tokenizer, lay_text
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import ModelSource
+from moshi_ttt.rows import TEXT_ROW
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +139,13 @@ class RecordingReader:
         recordings = []
         for entry in entries:
             codes = whole[entry.path] if entry.is_encoded else audio[entry.path]
-            words, stream = self._text(entry, codes.shape[-1], tokenizer)
+            words, laid = self._text(entry, codes.shape[-1], tokenizer)
             if not entry.is_encoded:
-                codes = torch.cat([stream.tokens[None], codes])
+                codes = torch.cat([laid.tokens[None], codes])
             probes: tuple[Probe, ...] = ()
             if words is not None:
                 probes, problems = read_probes(
-                    entry.alignments_path, words, stream, codes[0], tokenizer
+                    entry.alignments_path, words, laid, codes[TEXT_ROW], tokenizer
                 )
                 raise_together(entry.name, problems)
             recordings.append(EncodedRecording(entry.name, codes, probes))
@@ -152,12 +153,12 @@ class RecordingReader:
 
     def _text(
         self, entry: ManifestEntry, steps: int, tokenizer: Tokenizer
-    ) -> tuple[list[Word] | None, TextStream]:
+    ) -> tuple[list[Word] | None, TextRow]:
         """Words beside a recording (None if there is no such file), laid over its steps."""
         clock = self._source.clock
         found = read_alignments(entry.alignments_path, clock.seconds(steps), clock.step_sec)
         raise_together(entry.name, found.problems)
-        return found.words, text_stream(
+        return found.words, lay_text(
             found.words,
             tokenizer,
             steps,

@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TextStream:
+class TextRow:
     """Text row of one recording."""
 
     tokens: Tensor  # [T] int64
@@ -40,7 +40,7 @@ class TextStream:
     """Of each word, the steps that hold its tokens; empty if all of them were dropped."""
 
 
-def text_stream(
+def lay_text(
     words: Sequence[Word] | None,
     tokenizer: Tokenizer,
     steps: int,
@@ -48,7 +48,7 @@ def text_stream(
     *,
     padding_id: int,
     end_of_padding_id: int,
-) -> TextStream:
+) -> TextRow:
     """Lay words over steps, one token a step from the step in which a word starts.
 
     A later word cuts an earlier one short. The padding step before a token becomes
@@ -63,7 +63,7 @@ def text_stream(
         end_of_padding_id: token of the last padding step before a word.
     """
     if words is None:
-        return TextStream(torch.full((steps,), ZERO_TOKEN), 0, 0, ())
+        return TextRow(torch.full((steps,), ZERO_TOKEN), 0, 0, ())
     tokens = [padding_id] * steps
     waiting = deque(words)
     unfinished: deque[int] = deque()
@@ -82,7 +82,7 @@ def text_stream(
             written += 1
     dropped += len(unfinished) + sum(len(tokenizer.encode(word.text)) for word in waiting)
     word_steps += [range(steps, steps) for _ in waiting]
-    return TextStream(torch.tensor(tokens), written, dropped, tuple(word_steps))
+    return TextRow(torch.tensor(tokens), written, dropped, tuple(word_steps))
 
 
 def _step_of(word: Word, clock: Clock) -> int:

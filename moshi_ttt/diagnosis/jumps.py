@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,11 +44,11 @@ class Jump:
     """Nearest structural position; several names where they coincide; None if there is none."""
     distance_steps: int | None
     """Steps from `nearest` to the jump; positive: the jump comes later."""
-    p_value: float = math.nan
+    p_value: float
     """Share of runs with shifted streams that rise as much somewhere; NaN for a single stream."""
-    first_step: int = -1
-    """Start of the 95 % interval of `step`; -1 in records from before it was measured."""
-    last_step: int = -1
+    first_step: int
+    """Start of the 95 % interval of `step`."""
+    last_step: int
     """End of that interval."""
 
     @property
@@ -69,11 +69,21 @@ class Jump:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Jump:
-        """The jump of a record in `summary.json` or `events.jsonl`; extra keys are ignored."""
-        fields = [field.name for field in dataclasses.fields(cls) if field.name in record]
-        values = {name: record[name] for name in fields}
-        if values.get("p_value", 0.0) is None:
-            del values["p_value"]
+        """The jump of a record in `summary.json` or `events.jsonl`; extra keys are ignored.
+
+        Raises:
+            UserError: the record lacks a key, so that another version wrote it.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in record]
+        if missing:
+            raise UserError(
+                f"the record of a jump lacks {', '.join(missing)}: another version wrote it; "
+                "evaluate again to write it anew"
+            )
+        values = {name: record[name] for name in names}
+        if values["p_value"] is None:
+            values["p_value"] = math.nan
         for name in ("layers", "layer_ratios"):
             values[name] = tuple(values[name])
         return cls(**values)
@@ -91,8 +101,21 @@ class Jump:
         )
 
 
+class Searched(Protocol):
+    """What is searched for jumps: a `Trace`, or norms alone."""
+
+    @property
+    def input_norm(self) -> np.ndarray:
+        """L2 norm of each layer's input, [S, L, T]."""
+        ...
+
+    def critical_steps(self) -> dict[str, int]:
+        """Structural positions by name."""
+        ...
+
+
 def find_jumps(
-    trace: Trace, *, window_steps: int = 50, min_ratio: float = 1.15, min_score: float = 3.5
+    trace: Searched, *, window_steps: int = 50, min_ratio: float = 1.15, min_score: float = 3.5
 ) -> list[Jump]:
     """Lasting rises of the input norm, in order of position.
 

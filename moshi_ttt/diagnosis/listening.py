@@ -23,6 +23,7 @@ from moshi_ttt.diagnosis.quality import (
     nll_measures,
     text_measures,
 )
+from moshi_ttt.instruments.critical import by_step
 from moshi_ttt.instruments.trace import Trace
 
 LEAD_SEC = 2.0  # decoded before a window and dropped, so that the codec has settled
@@ -47,13 +48,11 @@ def decode(codec: MimiModel, codes: np.ndarray, lead_steps: int = 0) -> np.ndarr
 
 def listening_positions(trace: Trace, jumps: Sequence[Jump]) -> dict[int, list[str]]:
     """Names by step, in order: structural positions after the prompt; `jump`, `jump 2` ..."""
-    positions: dict[int, list[str]] = {}
-    for name, step in trace.critical_steps().items():
-        if step > _free_from(trace):
-            positions.setdefault(step, []).append(name)
+    structural = trace.critical_steps().items()
+    positions = {name: step for name, step in structural if step > _free_from(trace)}
     for number, step in enumerate(sorted({jump.step for jump in jumps}), 1):
-        positions.setdefault(step, []).append("jump" if number == 1 else f"jump {number}")
-    return dict(sorted(positions.items()))
+        positions["jump" if number == 1 else f"jump {number}"] = step
+    return by_step(positions)
 
 
 def listen(

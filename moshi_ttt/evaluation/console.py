@@ -15,10 +15,10 @@ from typing import Any
 from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.quality import text_measures
 from moshi_ttt.errors import UserError
+from moshi_ttt.instruments.critical import Lengths, by_step, critical_steps
 from moshi_ttt.instruments.events import (
     Event,
     cache_events,
-    critical_positions,
     position_event,
     turn_events,
 )
@@ -83,9 +83,8 @@ class ConsoleLog:
         self._interval_steps = interval_steps
         self._write = write
         self._padding = text_padding_ids
-        self._positions = critical_positions(
-            context_steps, steps, prompt_steps=prompt_steps, trained_steps=trained_steps
-        )
+        lengths = Lengths(context_steps, steps, prompt_steps, trained_steps)
+        self._positions = by_step(critical_steps(lengths))
         self._context_steps = context_steps
         self._read_to = 0
 

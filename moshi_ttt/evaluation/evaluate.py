@@ -27,12 +27,12 @@ from moshi_ttt.evaluation.scalars import position_summary, quality_scalars, reca
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.generation.prompts import choose_prompts
 from moshi_ttt.generation.users import silence_codes
-from moshi_ttt.instruments.attention_mass import AttentionProbe
+from moshi_ttt.instruments.attention_mass import AttentionWatch
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import ModelSource
-from moshi_ttt.teacher_forcing.nll import STREAMS
+from moshi_ttt.rows import GROUPS, TEXT_ROW, Rows
 from moshi_ttt.teacher_forcing.recordings import TeacherForced, read_teacher_forced
 
 
@@ -67,7 +67,7 @@ def evaluate(
         UserError: no recording is long enough for the prompt.
     """
     started_sec = time.monotonic()
-    clock = source.clock
+    clock, rows = source.clock, Rows.of(lm)
     assert lm.context is not None, "moshi cannot stream without a context"
     steps = config.steps(clock, lm.context)
     prompt_steps = min(clock.steps(config.prompt_sec), steps)
@@ -79,10 +79,10 @@ def evaluate(
         borrowed(lm, config.seed),
         tqdm(total=steps, desc=f"generating, {label}", unit="step") as progress,
     ):
-        probe = None
+        watch = None
         if config.attention_layers:
-            probe = AttentionProbe(list(config.attention_layers), config.attention_every_steps)
-        recorder = Recorder(lm, len(names), steps, probe)
+            watch = AttentionWatch(list(config.attention_layers), config.attention_every_steps)
+        recorder = Recorder(lm, len(names), steps, watch)
         log = None
         if config.log_interval_steps:
             log = ConsoleLog(
@@ -130,8 +130,8 @@ def evaluate(
             rings=recorder.rings,
             channels=lm.dim,
             text_padding_ids=padding_ids,
-            text_tokens=tokens[:, 0].numpy(),
-            codes=tokens[:, 1:].numpy(),
+            text_tokens=tokens[:, TEXT_ROW].numpy(),
+            codes=tokens[:, rows.own].numpy(),
             **recorder.arrays(),
         )
     jumps = find_jumps(trace)
@@ -146,19 +146,19 @@ def evaluate(
         cardinality=lm.card,
         codec=codec if audible else None,
     )
+    left, right = tokens[:, rows.own], user[..., : tokens.shape[-1]]  # Moshi, user
     wavs = [
-        # left Moshi, right user
-        decode(codec, torch.stack([tokens[row, 1:], user[row, :, : tokens.shape[-1]]]).numpy()).T
-        for row in range(min(config.audio_streams, len(names)) if audible else 0)
+        decode(codec, torch.stack([left[stream], right[stream]]).numpy()).T
+        for stream in range(min(config.audio_streams, len(names)) if audible else 0)
     ]
     write_audio(folder, wavs, quality, trace)
     scalars = position_summary(trace, jumps)
-    for stream in STREAMS:
-        values = [value for value in read.nll[stream] if value == value]
+    for group in GROUPS:
+        values = [value for value in read.nll[group] if value == value]
         if values:
-            scalars[f"longgen/nll/{stream}/first_window"] = values[0]
-            scalars[f"longgen/nll/{stream}/last_window"] = values[-1]
-            scalars[f"longgen/nll/{stream}/mean"] = sum(values) / len(values)
+            scalars[f"longgen/nll/{group}/first_window"] = values[0]
+            scalars[f"longgen/nll/{group}/last_window"] = values[-1]
+            scalars[f"longgen/nll/{group}/mean"] = sum(values) / len(values)
     if read.recall is not None:
         scalars |= recall_scalars(read.recall)
     scalars |= quality_scalars(quality)
@@ -180,14 +180,14 @@ def _streams(
     clock: Clock,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Prompt [S, K, P], user [S, K_user, steps] and names of the S streams."""
-    own = 1 + lm.dep_q
-    silence = silence_codes(codec, clock, lm.num_codebooks - own).cpu()
+    rows = Rows.of(lm)
+    silence = silence_codes(codec, clock, rows.user_codebooks).cpu()
     prompts, users, names = [], [], []
     for recording, start in starts:
         codes = recording.codes[:, start : start + steps]
         user = silence.repeat(1, steps)
         heard_steps = codes.shape[-1] if config.user == "recording" else prompt_steps
-        heard = codes[own:, :heard_steps]
+        heard = codes[rows.user, :heard_steps]
         user[:, :heard_steps] = torch.where(heard >= 0, heard, user[:, :heard_steps])
         for seed in range(config.seeds):
             prompts.append(codes[:, :prompt_steps])

@@ -142,10 +142,9 @@ class Evaluation:
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
     @property
-    def quality(self) -> dict[str, Any] | None:
-        """Content of `quality.json`; None in folders written before there was one."""
-        path = self.folder / "quality.json"
-        return _read_json(path) if path.exists() else None
+    def quality(self) -> dict[str, Any]:
+        """Content of `quality.json`."""
+        return _read_json(self.folder / "quality.json")
 
     @property
     def audio(self) -> list[Path]:

@@ -10,6 +10,7 @@ from moshi.models.lm import LMGen, LMModel
 from torch import Tensor
 
 from moshi_ttt.instruments.recorder import Recorder
+from moshi_ttt.rows import TEXT_ROW, Rows
 
 
 @contextmanager
@@ -68,25 +69,26 @@ def generate(
         on_step: called with each finished step, e.g. to move a progress bar.
 
     Returns:
-        [S, 1 + dep_q, T - 1] text and own codes, delays undone.
+        [S, K_spoken, T - 1] text and own codes, delays undone.
 
     Raises:
         RuntimeError: the recorder saw another number of steps than were generated.
     """
     streams, _, steps = user.shape
     prompt, user = prompt.to(lm.device), user.to(lm.device)
-    delays = lm.delays[1 : 1 + lm.dep_q]
+    own = Rows.of(lm).own
+    delays, prompted = lm.delays[own], prompt[:, own]
     step = 0
 
     def force_text(text_token: Tensor) -> None:
         if step < prompt.shape[-1]:
-            forced = prompt[:, 0, step]
+            forced = prompt[:, TEXT_ROW, step]
             text_token.copy_(torch.where(forced >= 0, forced, text_token))
 
     def force_audio(audio_tokens: Tensor) -> None:
         for codebook, delay in enumerate(delays):
             if 0 <= step - delay < prompt.shape[-1]:
-                forced = prompt[:, 1 + codebook, step - delay]
+                forced = prompted[:, codebook, step - delay]
                 sampled = audio_tokens[:, codebook]
                 audio_tokens[:, codebook] = torch.where(forced >= 0, forced, sampled)
 

@@ -59,9 +59,18 @@ def attention_mass(
     return torch.stack([(weights * (part & valid)).sum(dim=1) for part in parts], dim=1)
 
 
+def no_looks(streams: int) -> dict[str, np.ndarray]:
+    """`Trace` fields of a run whose attention was not looked at."""
+    return {
+        "attention_mass": np.zeros((streams, 0, 0, len(PARTS)), dtype=np.float32),
+        "attention_mass_layers": np.zeros(0, dtype=np.int64),
+        "attention_mass_steps": np.zeros(0, dtype=np.int64),
+    }
+
+
 @dataclass(eq=False)
-class AttentionProbe:
-    """Attention mass of chosen layers at every n-th step; one probe goes with one run."""
+class AttentionWatch:
+    """Attention mass of chosen layers at every n-th step; for one run."""
 
     layers: list[int]
     """Indices of temporal layers."""

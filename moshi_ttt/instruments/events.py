@@ -1,4 +1,4 @@
-"""The event stream of a generation, from which the text log, the JSONL and the tables are made.
+"""The events of a generation, from which the text log, the JSONL and the tables are made.
 
 The same functions read a finished `Trace` and a block of a generation that is still running, so
 that the console shows what the files will hold.
@@ -17,47 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from moshi_ttt.clock import LEGACY_TOKENS_PER_STEP, Clock
+from moshi_ttt.clock import Clock
 from moshi_ttt.files import plain, write_bytes
+from moshi_ttt.instruments.critical import by_step, critical_steps
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.rings import CacheSnapshot
 
-NOTED = (6000, 6001, 6100)
-"""Positions that the research notes name; each is read both as a step and as a legacy token."""
 PER_LAYER = ("input_norm", "attention_norm", "ffn_norm", "input_max", "input_max_channel")
 PER_MEMORY = ("branch_ratio", "branch_norm", "fast_weight_norm", "write_gate", "forgetting")
 PER_STEP = ("text_entropy", "audio_entropy")
 Values = Mapping[str, Any]
 """Arrays by the names of `Trace`, [S, rows, steps] and [S, steps]; `step_ms` [steps]."""
-
-
-def critical_positions(
-    context_steps: int, steps: int, *, prompt_steps: int = 0, trained_steps: int | None = None
-) -> dict[int, list[str]]:
-    """Steps of a run that are looked at whatever happens, in order, with their names.
-
-    Args:
-        context_steps: capacity C of the temporal rings.
-        steps: length of the run.
-        prompt_steps: forced steps at its start; 0 for none.
-        trained_steps: clip length of the training; None if unknown.
-    """
-    named = [(f"C{offset:+d}" if offset else "C", context_steps + offset) for offset in (-1, 0, 1)]
-    offsets = (-1, 0, 1, *range(10, 101, 10))
-    named += [
-        (f"2C{offset:+d}" if offset else "2C", 2 * context_steps + offset) for offset in offsets
-    ]
-    if prompt_steps:
-        named.append(("prompt end", prompt_steps))
-    if trained_steps is not None:
-        named.append(("trained length", trained_steps))
-    named += [(f"step {number}", number) for number in NOTED]
-    named += [(f"legacy token {number}", number // LEGACY_TOKENS_PER_STEP) for number in NOTED]
-    positions: dict[int, list[str]] = defaultdict(list)
-    for name, step in sorted(named, key=lambda item: item[1]):
-        if 0 < step < steps:
-            positions[step].append(name)
-    return dict(positions)
 
 
 def cache_events(rings: Sequence[CacheSnapshot], clock: Clock) -> list[Event]:
@@ -183,18 +153,12 @@ def generation_events(trace: Trace) -> list[Event]:
         name: getattr(trace, name)
         for name in (*PER_LAYER, *PER_MEMORY, *PER_STEP, "step_ms", "ring_end_offset")
     }
-    positions = critical_positions(
-        trace.context_steps,
-        trace.steps,
-        prompt_steps=trace.prompt_steps,
-        trained_steps=trace.trained_steps,
-    )
     events = cache_events(trace.rings, trace.clock)
     # every stream runs in step with the first one
     events += turn_events(trace.ring_end_offset[0], temporal, trace.clock)
     events += [
         position_event("critical_position", step, values, at=step, ring=temporal[0], names=names)
-        for step, names in positions.items()
+        for step, names in by_step(critical_steps(trace.lengths)).items()
     ]
     return sorted(events, key=lambda event: event.step)
 

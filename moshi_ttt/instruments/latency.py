@@ -11,7 +11,7 @@ import torch
 
 
 class StepTimer:
-    """Marks in the device's stream, or the host's clock where there is no such stream."""
+    """Marks in the device's queue (its CUDA stream), or the host's clock where there is none."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"

@@ -8,25 +8,38 @@ what was derived from it), `events.jsonl` (one event a line), `nll.json`, `quali
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
 
 import numpy as np
 
-from moshi_ttt.clock import LEGACY_TOKENS_PER_STEP, Clock
+from moshi_ttt.clock import Clock
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import plain, write_atomic
+from moshi_ttt.instruments.attention_mass import PARTS
+from moshi_ttt.instruments.critical import Lengths, critical_steps
 from moshi_ttt.model.rings import CacheSnapshot
+
+PerLayer = Annotated[np.ndarray, "SLT"]
+PerMemory = Annotated[np.ndarray, "SMT"]
+PerStep = Annotated[np.ndarray, "ST"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
     """Per-step records of one long generation.
 
-    S streams (rows of the batch), L layers of the temporal transformer, M hybrid layers (those
-    with a memory; 0 for vanilla Moshi), T steps. A value that was not measured is NaN.
+    The arrays' axes, which are checked: S streams (rows of the batch), L layers of the temporal
+    transformer, M hybrid layers (those with a memory; 0 for vanilla Moshi), T steps, t steps less
+    the last one, Q codebooks of Moshi, A layers whose attention was looked at, N looks (both 0 if
+    not asked for), P `attention_mass.PARTS`. A value that was not measured is NaN.
+
+    Raises:
+        ValueError: arrays whose axes do not agree.
     """
 
     label: str
@@ -46,81 +59,92 @@ class Trace:
     """Layer indices, in the order of the M axis."""
     rings: Sequence[CacheSnapshot]
     """Every ring at the end of the run."""
-
-    input_norm: np.ndarray  # [S, L, T] L2 norm of each layer's input; the notes called it "resid"
-    branch_raw_norm: np.ndarray  # [S, M, T] L2 norm of the branch before the gate
-    branch_norm: np.ndarray  # [S, M, T] L2 norm of what is added to the residual
-    branch_ratio: np.ndarray  # [S, M, T] branch_norm / norm of the residual it is added to
-    gate: np.ndarray  # [S, M, T] root mean square of the output gate over channels
-    inner_updates: np.ndarray  # [S, M, T] inner updates so far, as the rule counts them
-    ring_end_offset: np.ndarray  # [S, L, T] steps written to each layer's ring since reset
-    text_entropy: np.ndarray  # [S, T] nats, of the text logits at temperature 1
-    audio_entropy: np.ndarray  # [S, T] nats, of Moshi's own first codebook
-    text_tokens: np.ndarray  # [S, T - 1] text tokens, forced ones included
-    codes: np.ndarray  # [S, Q, T - 1] Moshi's own codebooks, aligned (delays undone)
-
-    # since the first version: older traces lack these and read as not measured, all NaN
-    channels: int = 0
-    """Channels D of the residual stream; 0 if unknown."""
-    text_padding_ids: Sequence[int] = (3, 0)
+    channels: int
+    """Channels D of the residual stream."""
+    text_padding_ids: Sequence[int]
     """Text tokens that say nothing: padding, and its last step before a word."""
-    # [S, L, T]: largest absolute value of the input's channels, and the channel that has it
-    input_max: np.ndarray = None  # type: ignore[assignment]
-    input_max_channel: np.ndarray = None  # type: ignore[assignment]
-    # [S, L, T]: L2 norms of what attention and the feed-forward block add
-    attention_norm: np.ndarray = None  # type: ignore[assignment]
-    ffn_norm: np.ndarray = None  # type: ignore[assignment]
-    # [S, M, T]: L2 norm of all fast weights (held between looks), write gate (0..1) and rate of
-    # forgetting (1 / forgetting time in steps), the latter two as means over heads
-    fast_weight_norm: np.ndarray = None  # type: ignore[assignment]
-    write_gate: np.ndarray = None  # type: ignore[assignment]
-    forgetting: np.ndarray = None  # type: ignore[assignment]
-    step_ms: np.ndarray = None  # type: ignore[assignment]  # [T] latency
-    # [S, A, N, 3] (see `attention_mass.PARTS`), [A] layer indices, [N] steps; empty if not asked
-    attention_mass: np.ndarray = None  # type: ignore[assignment]
-    attention_mass_layers: np.ndarray = None  # type: ignore[assignment]
-    attention_mass_steps: np.ndarray = None  # type: ignore[assignment]
+
+    input_norm: PerLayer
+    """L2 norm of each layer's input; the notes called it "resid"."""
+    input_max: PerLayer
+    """Largest absolute value of the input's channels."""
+    input_max_channel: PerLayer
+    """The channel that has it."""
+    attention_norm: PerLayer
+    """L2 norm of what attention adds."""
+    ffn_norm: PerLayer
+    """L2 norm of what the feed-forward block adds."""
+    ring_end_offset: PerLayer
+    """Steps written to each layer's ring since reset."""
+    branch_raw_norm: PerMemory
+    """L2 norm of the branch before the gate."""
+    branch_norm: PerMemory
+    """L2 norm of what is added to the residual."""
+    branch_ratio: PerMemory
+    """`branch_norm` over the norm of the residual it is added to."""
+    gate: PerMemory
+    """Root mean square of the output gate over channels."""
+    inner_updates: PerMemory
+    """Inner updates so far, as the rule counts them."""
+    fast_weight_norm: PerMemory
+    """L2 norm of all fast weights, held between looks."""
+    write_gate: PerMemory
+    """How strongly the step is written, 0..1, mean over heads."""
+    forgetting: PerMemory
+    """Rate of forgetting, 1 / forgetting time in steps, mean over heads."""
+    text_entropy: PerStep
+    """Of the text logits at temperature 1, nats."""
+    audio_entropy: PerStep
+    """Of Moshi's own first codebook, nats."""
+    text_tokens: Annotated[np.ndarray, "St"]
+    """Text tokens, forced ones included."""
+    codes: Annotated[np.ndarray, "SQt"]
+    """Moshi's own codebooks, aligned (delays undone)."""
+    step_ms: Annotated[np.ndarray, "T"]
+    """Latency of the step."""
+    attention_mass: Annotated[np.ndarray, "SANP"]
+    """Shares of the attention, mean over heads."""
+    attention_mass_layers: Annotated[np.ndarray, "A"]
+    """Layer indices."""
+    attention_mass_steps: Annotated[np.ndarray, "N"]
+    """Steps that were looked at."""
 
     def __post_init__(self) -> None:
-        streams, layers, steps = self.input_norm.shape
-        shapes = {"layer": (streams, layers, steps), "memory": self.gate.shape, "step": (steps,)}
-        shapes |= {"mass": (streams, 0, 0, 3), "list": (0,)}
-        for name, kind in _ADDED.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, np.full(shapes[kind], np.nan, dtype=np.float32))
+        steps = self.input_norm.shape[-1]
+        sizes = {"S": len(self.streams), "M": len(self.hybrid_layers), "P": len(PARTS)}
+        sizes |= {"T": steps, "t": steps - 1}
+        for name, axes in _axes_by_name().items():
+            shape = getattr(self, name).shape
+            wanted = tuple(
+                sizes.setdefault(axis, size) for axis, size in zip(axes, shape, strict=False)
+            )
+            if shape != wanted or len(shape) != len(axes):
+                raise ValueError(f"{name} is {list(shape)}; its axes {axes} are {list(wanted)}")
 
     @property
     def input_rms(self) -> np.ndarray:
         """Root mean square of each layer's input over channels, [S, L, T]."""
-        return self.input_norm / np.sqrt(self.channels or np.nan)
+        return self.input_norm / np.sqrt(self.channels)
 
     @property
     def steps(self) -> int:
         """Generated steps T."""
         return self.input_norm.shape[-1]
 
-    def critical_steps(self) -> dict[str, int]:
-        """Structural positions that a change could be explained by, inside the run.
+    @property
+    def lengths(self) -> Lengths:
+        """What the critical positions of the run follow from."""
+        return Lengths(self.context_steps, self.steps, self.prompt_steps, self.trained_steps)
 
-        Keys: `C` (first eviction), `2C` (last position that saw the first key leaves the ring),
-        `prompt end`, `trained length`, `legacy token 6000`.
-        """
-        positions = {"C": self.context_steps, "2C": 2 * self.context_steps}
-        if self.prompt_steps:
-            positions["prompt end"] = self.prompt_steps
-        if self.trained_steps is not None:
-            positions["trained length"] = self.trained_steps
-        positions["legacy token 6000"] = 6000 // LEGACY_TOKENS_PER_STEP
-        return {name: step for name, step in positions.items() if 0 < step < self.steps}
+    def critical_steps(self) -> dict[str, int]:
+        """Step of each structural position inside the run, by its name in `critical.POSITIONS`."""
+        return critical_steps(self.lengths, structural=True)
 
     def save(self, folder: Path) -> None:
         """Write `traces.npz` into `folder`, atomically."""
-        names = (*_ARRAYS, *_ADDED)
-        arrays = {name: getattr(self, name) for name in names}
-        meta = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in names
-        }
-        text = json.dumps(plain(meta))
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        arrays = {name: values.pop(name) for name in _axes_by_name()}
+        text = json.dumps(plain(values))
         write_atomic(
             folder / "traces.npz",
             lambda file: np.savez_compressed(file, meta=np.array(text), **arrays),
@@ -131,47 +155,25 @@ class Trace:
         """Read what `save` wrote.
 
         Raises:
-            UserError: no readable `traces.npz` in `folder`.
+            UserError: no readable `traces.npz` in `folder`, or one of another version.
         """
         path = folder / "traces.npz"
         try:
             with np.load(path, allow_pickle=False) as data:
                 meta = json.loads(str(data["meta"]))
-                arrays = {name: data[name] for name in _ARRAYS}
-                arrays |= {name: data[name] for name in _ADDED if name in data}
-        except (OSError, ValueError, KeyError) as error:
+                arrays = {name: data[name] for name in _axes_by_name()}
+            meta["clock"] = Clock(**meta["clock"])
+            meta["rings"] = [CacheSnapshot(**ring) for ring in meta["rings"]]
+            return cls(**meta, **arrays)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is not a trace ({error}); give a folder that a long generation wrote, "
-                "e.g. RUN/longgen/epoch_000"
+                f"{path} is not a trace of this version ({error}); give a folder that a long "
+                "generation wrote, e.g. RUN/longgen/epoch_000, or evaluate again to write it anew"
             ) from error
-        meta["clock"] = Clock(**meta["clock"])
-        meta["rings"] = [CacheSnapshot(**ring) for ring in meta["rings"]]
-        return cls(**meta, **arrays)
 
 
-_ARRAYS = (
-    "input_norm",
-    "branch_raw_norm",
-    "branch_norm",
-    "branch_ratio",
-    "gate",
-    "inner_updates",
-    "ring_end_offset",
-    "text_entropy",
-    "audio_entropy",
-    "text_tokens",
-    "codes",
-)
-_ADDED = {
-    "input_max": "layer",
-    "input_max_channel": "layer",
-    "attention_norm": "layer",
-    "ffn_norm": "layer",
-    "fast_weight_norm": "memory",
-    "write_gate": "memory",
-    "forgetting": "memory",
-    "step_ms": "step",
-    "attention_mass": "mass",
-    "attention_mass_layers": "list",
-    "attention_mass_steps": "list",
-}
+@functools.cache
+def _axes_by_name() -> dict[str, str]:
+    """The arrays of a `Trace` in the order of its fields, with a letter for each of their axes."""
+    hints = get_type_hints(Trace, include_extras=True).items()
+    return {name: get_args(hint)[1] for name, hint in hints if hasattr(hint, "__metadata__")}

@@ -76,7 +76,7 @@ class MemoryBranch(StreamingModule[_BranchState]):
     """
 
     def __init__(self, dim: int, config: MemoryConfig) -> None:
-        """Create and initialise the parameters for a stream of `dim` channels.
+        """Create and initialise the parameters for a residual of `dim` channels.
 
         Raises:
             UserError: the heads do not divide `dim`.
@@ -108,7 +108,7 @@ class MemoryBranch(StreamingModule[_BranchState]):
 
         Args:
             x: normed input of the memory, [B, T, D].
-            residual: stream the branch will be added to, [B, T, D].
+            residual: what the branch will be added to, [B, T, D].
 
         Returns:
             [B, T, D], fp32 or wider.

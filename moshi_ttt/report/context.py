@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from moshi_ttt.report.style import legend_below, run_colors, styled
+from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.contexts import ContextSweep
-from moshi_ttt.teacher_forcing.nll import STREAMS
 
 
 @styled
@@ -16,7 +16,7 @@ def context_figure(
     marks_sec: dict[str, float],
     stretches: int,
 ) -> Figure:
-    """Loss against context, a panel a stream and a curve a model.
+    """Loss against context, a panel a group of rows and a curve a model.
 
     Args:
         sweep: what was measured.
@@ -25,13 +25,13 @@ def context_figure(
         stretches: how many were read.
     """
     figure = Figure(figsize=(10, 7))
-    panels = figure.subplots(len(STREAMS), 1, sharex=True)
-    for axes, stream in zip(panels, STREAMS, strict=True):
+    panels = figure.subplots(len(GROUPS), 1, sharex=True)
+    for axes, group in zip(panels, GROUPS, strict=True):
         for color, (label, values) in zip(run_colors(len(curves)), curves.items(), strict=True):
             axes.plot(
-                sweep.context_sec, values[stream], "o-", markersize=4, color=color, label=label
+                sweep.context_sec, values[group], "o-", markersize=4, color=color, label=label
             )
-        axes.set_ylabel(f"{stream.replace('_', ' ')}\n(nats a token)")
+        axes.set_ylabel(f"{group.replace('_', ' ')}\n(nats a token)")
         for name, seconds in marks_sec.items():
             axes.axvline(seconds, color="0.3", linestyle="--", linewidth=1)
             if axes is panels[0]:

@@ -40,6 +40,7 @@ from moshi_ttt.report.style import (
     styled,
     title,
 )
+from moshi_ttt.rows import GROUPS
 
 Nll = Mapping[str, Any]
 """Content of `nll.json`: `window_steps`, and the lists `start_step`, `text`, `first_codebook`,
@@ -224,13 +225,13 @@ def nll_figure(curves: Mapping[str, Nll], traces: Sequence[Trace]) -> Figure:
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(1.7, 1, 1))
     steps = max(max(nll["start_step"], default=0) + nll["window_steps"] for nll in curves.values())
     colors = run_colors(len(curves))
-    for axes, key in zip(panels, ("text", "first_codebook", "other_codebooks"), strict=True):
+    for axes, group in zip(panels, GROUPS, strict=True):
         losses = []
         for color, (label, nll) in zip(colors, curves.items(), strict=True):
             centre = np.array(nll["start_step"], dtype=float) + nll["window_steps"] / 2
-            losses.append(np.array(nll[key], dtype=float))  # None becomes NaN
+            losses.append(np.array(nll[group], dtype=float))  # None becomes NaN
             axes.plot(centre, losses[-1], "o-", markersize=3, color=color, label=label)
-        axes.set_ylabel(f"{key.replace('_', ' ')}\n(nats a token)")
+        axes.set_ylabel(f"{group.replace('_', ' ')}\n(nats a token)")
         top = axes is panels[0]
         fit_height(axes, np.concatenate(losses), room=0.9 if top else 0.15)
         mark_runs(axes, traces, colors, steps, labels=top, without=("prompt end",))

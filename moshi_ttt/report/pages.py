@@ -16,6 +16,7 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import ratios_at, spans
 from moshi_ttt.evaluation.folder import Evaluation, find_evaluations, unique_labels
 from moshi_ttt.files import write_bytes
+from moshi_ttt.instruments.critical import WHY
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section
@@ -29,7 +30,6 @@ from moshi_ttt.report.text import (
     COMPARISON_CAPTIONS,
     GLOSSARY,
     PROBE_GLOSSARY,
-    WHY,
     findings,
 )
 
@@ -278,8 +278,7 @@ def _audio(evaluations: Iterable[tuple[str, Evaluation]]) -> list[str]:
 
 
 def _audible(evaluation: Evaluation) -> list[str]:
-    quality = evaluation.quality
-    return [] if quality is None else audible_section(quality, evaluation.cuts)
+    return audible_section(evaluation.quality, evaluation.cuts)
 
 
 def _glossary(evaluations: Sequence[Evaluation]) -> list[str]:

@@ -26,11 +26,11 @@ def rings_table(rings: Sequence[Mapping[str, Any]], clock: Clock) -> str:
             end,
             evicted,
             wraps,
-            _range(alike[0].get("valid_positions")),
-            _range(alike[0].get("lost_positions")),
-            _range(alike[0].get("overwritten_slots")),
+            _range(alike[0]["valid_positions"]),
+            _range(alike[0]["lost_positions"]),
+            _range(alike[0]["overwritten_slots"]),
             _shape(alike[0]),
-            sum(ring.get("size_bytes", 0) for ring in alike) / 2**20 or None,
+            sum(ring["size_bytes"] for ring in alike) / 2**20 or None,
         )
         for (kind, capacity, end, evicted, wraps), alike in groups.items()
     ]
@@ -59,7 +59,7 @@ def _range(ends: Sequence[int] | None) -> str | None:
 
 
 def _shape(ring: Mapping[str, Any]) -> str | None:
-    return f"{ring['heads']} x {ring['head_dim']}" if ring.get("heads") else None
+    return f"{ring['heads']} x {ring['head_dim']}" if ring["heads"] else None
 
 
 def _folded(modules: Sequence[str]) -> list[str]:

@@ -12,13 +12,6 @@ from moshi_ttt.instruments.trace import Trace
 NEAR_STEPS = 50  # a jump within one window of a position may belong to it
 NOTICEABLE = 0.05  # relative change of a norm that is worth a word
 
-WHY = {
-    "C": "the attention ring is full: from here on each new step overwrites the oldest one",
-    "2C": "the last step that had attended to step 0 directly leaves the ring",
-    "prompt end": "the recording stops and the model goes on by itself",
-    "trained length": "no training clip was longer than this",
-    "legacy token 6000": "60 s, where the research notes saw their jump",
-}
 CAPTIONS = {
     "input_norm": "L2 norm of what enters each layer (the old notes called it resid). Bands: "
     "middle half of the streams. Dashed: structural positions. Red: jumps that were found.",
@@ -69,7 +62,10 @@ GLOSSARY = {
     "turns": "How often writing has gone back to slot 0.",
     "jump": "A lasting rise of a layer's input norm at one position: the median of the 50 steps "
     "after it against the 50 steps before it, in at least three quarters of the streams, clearly "
-    "above the layer's usual variation, and held afterwards.",
+    "above the layer's usual variation, and held afterwards. scripts/attribute_jump.py measures a "
+    "rise otherwise, by means of 40 steps and from 10 % on: it compares runs in pairs and "
+    "resamples their streams, for which only means add up; one run by itself needs medians, which "
+    "bursts do not move, and 15 %.",
     "score": "Size of a jump in units of the layer's usual variation from window to window.",
     "branch ratio": "Norm of what the memory adds over the norm of the residual it is added to.",
     "gate": "What the memory's output is multiplied by before it is added; 0 is plain Moshi.",

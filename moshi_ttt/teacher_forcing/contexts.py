@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
-from moshi_ttt.teacher_forcing.nll import STREAMS, PositionNLL
+from moshi_ttt.rows import GROUPS
+from moshi_ttt.teacher_forcing.nll import PositionNLL
 from moshi_ttt.teacher_forcing.recordings import cut
 
 BATCH = 4
@@ -69,15 +70,15 @@ class ContextSweep:
         """Loss of the ends of `stretches` behind each context.
 
         Returns:
-            Nats a token by stream of `PositionNLL`, one value a context.
+            Nats a token by group of rows, one value a context.
         """
-        found: dict[str, list[float]] = {stream: [] for stream in STREAMS}
+        found: dict[str, list[float]] = {group: [] for group in GROUPS}
         counted = clock.steps(self.target_sec)
         for context_sec in self.context_sec:
             read = clock.steps(context_sec) + counted
             record = nll_by_position(
                 lm, [piece[:, -read:] for piece in pieces], counted, read - counted
             )
-            for stream, values in found.items():
-                values += record[stream]
+            for group, values in found.items():
+                values += record[group]
         return found

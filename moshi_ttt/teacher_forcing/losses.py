@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.hybrid import BranchStats
+from moshi_ttt.rows import Rows
 
 WALL_START = 0.75  # part of the target ratio that is free of charge
 
@@ -68,20 +69,21 @@ def lm_losses(
     """Text and audio loss, each a mean weighted and normalised by its own weights.
 
     Args:
-        lm: tells which tokens are padding and where audio starts.
+        lm: tells which tokens are padding and which rows are Moshi's.
         output: of `lm(codes)`.
         codes: [B, K, T].
         config: the weights.
 
     Returns:
-        Two scalars in nats; 0 for a stream without a single valid target in the batch.
+        Two scalars in nats; 0 for rows without a single valid target in the batch.
     """
-    text_targets = codes[:, :1]
+    rows = Rows.of(lm)
+    text_targets = codes[:, rows.text]
     padding = (text_targets == lm.text_padding_token_id) | (
         text_targets == lm.end_of_text_padding_id
     )
     text_weight = torch.where(padding, config.text_padding_weight, 1.0) * output.text_mask
-    audio_targets = codes[:, lm.audio_offset : lm.audio_offset + lm.dep_q]
+    audio_targets = codes[:, rows.own]
     audio_weight = output.mask.float()
     audio_weight[:, 0] *= config.first_codebook_weight
     text_nll = token_nll(output.text_logits, text_targets, output.text_mask)

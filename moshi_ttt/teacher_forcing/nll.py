@@ -9,13 +9,12 @@ from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 from torchmetrics import Metric
 
+from moshi_ttt.rows import GROUPS, Rows
 from moshi_ttt.teacher_forcing.losses import token_nll
-
-STREAMS = ("text", "first_codebook", "other_codebooks")
 
 
 class PositionNLL(Metric):
-    """Mean NLL of each stream in windows of position, in nats a token.
+    """Mean NLL of each of the `GROUPS` of rows in windows of position, in nats a token.
 
     Sums and counts are kept apart and added up over processes, so that the result under several
     processes is that of one process that saw all batches, whatever their sizes.
@@ -32,36 +31,33 @@ class PositionNLL(Metric):
     def __init__(self, window_steps: int, windows: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.window_steps = window_steps
-        zeros = torch.zeros(len(STREAMS), windows, dtype=torch.float64)
+        zeros = torch.zeros(len(GROUPS), windows, dtype=torch.float64)
         self.add_state("totals", zeros, dist_reduce_fx="sum")
         self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
 
     def update(self, lm: LMModel, output: LMOutput, codes: Tensor) -> None:
         """Add the predictions for `codes` [B, K, T], whose first step is position 0."""
-        first = lm.audio_offset
-        audio = codes[:, first : first + lm.dep_q]
-        text_nll = token_nll(output.text_logits, codes[:, :1], output.text_mask)
-        audio_nll = token_nll(output.logits, audio, output.mask)
+        rows = Rows.of(lm)
+        text_nll = token_nll(output.text_logits, codes[:, rows.text], output.text_mask)
+        audio_nll = token_nll(output.logits, codes[:, rows.own], output.mask)
         windows = torch.arange(codes.shape[-1], device=codes.device) // self.window_steps
-        parts = (
-            (text_nll, output.text_mask),
-            (audio_nll[:, :1], output.mask[:, :1]),
-            (audio_nll[:, 1:], output.mask[:, 1:]),
-        )
-        for row, (nll, mask) in enumerate(parts):
-            self.totals[row].index_add_(0, windows, nll.double().sum(dim=(0, 1)))
-            self.counts[row].index_add_(0, windows, mask.double().sum(dim=(0, 1)))
+        nll = torch.cat([text_nll, audio_nll], dim=1)  # [B, spoken rows, T]
+        mask = torch.cat([output.text_mask, output.mask], dim=1)
+        for number, group in enumerate(rows.groups.values()):
+            total, count = (x[:, group].double().sum(dim=(0, 1)) for x in (nll, mask))
+            self.totals[number].index_add_(0, windows, total)
+            self.counts[number].index_add_(0, windows, count)
 
     def compute(self) -> dict[str, Tensor]:
-        """Stream name -> [windows] nats; NaN for a window without a token."""
-        return dict(zip(STREAMS, self.totals / self.counts, strict=True))
+        """Group name -> [windows] nats; NaN for a window without a token."""
+        return dict(zip(GROUPS, self.totals / self.counts, strict=True))
 
     def record(self) -> dict[str, Any]:
-        """Content of `nll.json`: `window_steps`, `start_step` of each window, nats of each stream.
+        """Content of `nll.json`: `window_steps`, `start_step` of each window, nats of each group.
 
         Windows without a token are NaN.
         """
         # torchmetrics turns a single window into a scalar
-        values = {stream: nll.reshape(-1).tolist() for stream, nll in self.compute().items()}
+        values = {group: nll.reshape(-1).tolist() for group, nll in self.compute().items()}
         starts = [window * self.window_steps for window in range(self.totals.shape[1])]
         return {"window_steps": self.window_steps, "start_step": starts, **values}

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from moshi_ttt.data import Probe
+from moshi_ttt.rows import TEXT_ROW
 
 GAP_CENTRES_SEC = (4, 10, 20, 40, 60, 90, 120, 180, 240)
 """Middles of the bins of `ProbeRecall`; their edges are the geometric means of neighbours."""
@@ -66,7 +67,7 @@ class ProbeRecall(Metric):
         at = torch.tensor([step for *_, steps in words for step in steps], device=codes.device)
         assert output.text_mask[0, 0, at].all(), "the text row is known wherever a word is"
         logits = output.text_logits[0, 0, at].float()  # [tokens, card]
-        targets = codes[0, 0, at]
+        targets = codes[0, TEXT_ROW, at]
         lengths = [len(steps) for *_, steps in words]
         nll = F.cross_entropy(logits, targets, reduction="none").double().split(lengths)
         logits[:, [lm.text_padding_token_id, lm.end_of_text_padding_id]] = -math.inf

@@ -4,7 +4,7 @@
     pip install ruptures && python scripts/bench/jump_finder.py --ruptures
 
 Noise as of speech: autocorrelated over 5 steps, heavy-tailed, half of it shared by the layers,
-and turns of talking and listening. A run is 900 steps of 4 layers.
+and talking and listening by turns. A run is 900 steps of 4 layers.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.signal import lfilter
 from tqdm import tqdm
 
-from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import find_jumps
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.instruments.critical import Lengths, critical_steps
 
 LAYERS, STEPS = 4, 900
 NEAR_STEPS = 25
@@ -32,8 +32,8 @@ def noise(generator: np.random.Generator, streams: int, sd: float) -> np.ndarray
     """Log-norm noise [S, L, T]."""
     innovations = generator.standard_t(4, size=(streams, LAYERS + 1, STEPS)) / np.sqrt(2)
     correlated = lfilter([np.sqrt(1 - 0.8**2)], [1.0, -0.8], innovations, axis=-1)
-    turns = np.cumsum(generator.random((streams, 1, STEPS)) < 1 / 25, axis=-1) % 2
-    return np.asarray(sd * (correlated[:, :1] + correlated[:, 1:]) / np.sqrt(2) + 0.1 * turns)
+    talks = np.cumsum(generator.random((streams, 1, STEPS)) < 1 / 25, axis=-1) % 2
+    return np.asarray(sd * (correlated[:, :1] + correlated[:, 1:]) / np.sqrt(2) + 0.1 * talks)
 
 
 def _flat(_: np.random.Generator, __: int) -> np.ndarray:
@@ -87,33 +87,20 @@ WITHOUT_A_STEP: dict[str, Shape] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """A run of which nothing but the norms is known."""
+
+    input_norm: np.ndarray  # [S, L, T]
+
+    def critical_steps(self) -> dict[str, int]:
+        """Of a ring of 375 slots."""
+        return critical_steps(Lengths(375, self.input_norm.shape[-1]), structural=True)
+
+
 def ours(log_norm: np.ndarray) -> list[int]:
     """Steps that `find_jumps` reports."""
-    streams, layers, steps = log_norm.shape
-    empty = np.zeros((streams, 0, steps))
-    trace = Trace(
-        label="bench",
-        source="",
-        clock=Clock(),
-        context_steps=375,
-        prompt_steps=0,
-        trained_steps=None,
-        streams=[""] * streams,
-        hybrid_layers=[],
-        rings=[],
-        input_norm=np.exp(log_norm),
-        branch_raw_norm=empty,
-        branch_norm=empty,
-        branch_ratio=empty,
-        gate=empty,
-        inner_updates=empty,
-        ring_end_offset=np.zeros((streams, layers, steps)),
-        text_entropy=np.zeros((streams, steps)),
-        audio_entropy=np.zeros((streams, steps)),
-        text_tokens=np.zeros((streams, steps - 1)),
-        codes=np.zeros((streams, 8, steps - 1)),
-    )
-    return [jump.step for jump in find_jumps(trace)]
+    return [jump.step for jump in find_jumps(Norms(np.exp(log_norm)))]
 
 
 def with_ruptures() -> dict[str, Finder]:

@@ -3,8 +3,8 @@
     python scripts/bench/recorder.py --model moshi7b-random --streams 4
     python scripts/bench/recorder.py --model tiny --steps 60
 
-One model, generations with and without the recorder in turns (each captures its own CUDA graphs
-on a GPU), medians over the turns. The first generation of each kind only warms up.
+One model, generations with and without the recorder by rounds (each captures its own CUDA graphs
+on a GPU), medians over the rounds. The first generation of each kind only warms up.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from moshi.models.lm import LMModel
 
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.generation.generate import borrowed, generate
-from moshi_ttt.instruments.attention_mass import AttentionProbe
+from moshi_ttt.instruments.attention_mass import AttentionWatch
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import ModelConfig, build_lm
 from moshi_ttt.model.source import RANDOM_7B, ModelSource, open_source
+from moshi_ttt.rows import Rows
 
 SKIPPED_STEPS = 30  # the graphs are captured in the first ones
 Kind = Literal["plain", "recorder", "recorder + attention"]
@@ -42,28 +43,28 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = open_source(options.model)
     lm = _model(source, options.memory, options.context_steps, device)
-    probed = [0, source.num_layers // 2, source.num_layers - 1]
+    watched = [0, source.num_layers // 2, source.num_layers - 1]
     kinds: list[Kind] = ["plain", "recorder"]
     if options.attention_every:
         kinds.append("recorder + attention")
     codes = torch.randint(
-        0, min(lm.card, lm.text_card), (options.streams, lm.num_codebooks, options.steps)
+        0, min(lm.card, lm.text_card), (options.streams, Rows.of(lm).count, options.steps)
     )
     times_ms: dict[Kind, list[float]] = {kind: [] for kind in kinds}
-    for turn in range(options.repeats + 1):
+    for number in range(options.repeats + 1):
         # there and back again: a machine that slows down does so for both
-        for kind in kinds if turn % 2 else reversed(kinds):
+        for kind in kinds if number % 2 else reversed(kinds):
             recorder = None
             if kind != "plain":
-                probe = AttentionProbe(sorted(set(probed)), options.attention_every or 1)
-                probe_or_none = probe if kind == "recorder + attention" else None
-                recorder = Recorder(lm, options.streams, options.steps, probe_or_none)
+                watch = AttentionWatch(sorted(set(watched)), options.attention_every or 1)
+                attention = watch if kind == "recorder + attention" else None
+                recorder = Recorder(lm, options.streams, options.steps, attention)
             step_ms = _step_ms(lm, codes, recorder)
-            if turn:
+            if number:
                 times_ms[kind].append(step_ms)
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{where}, torch {torch.__version__}, {options.model}, memory {options.memory}")
-    print(f"{options.streams} streams, {options.steps} steps, {options.repeats} turns")
+    print(f"{options.streams} streams, {options.steps} steps, {options.repeats} rounds")
     medians: dict[str, float] = {}
     for kind in kinds:
         medians[kind] = statistics.median(times_ms[kind])
@@ -107,7 +108,7 @@ def _step_ms(lm: LMModel, codes: torch.Tensor, recorder: Recorder | None) -> flo
 
     gc.collect()  # moshi's streaming modules and their graphs hold themselves in cycles
     with borrowed(lm, 0):
-        generate(lm, codes[:, :, :10], codes[:, 1 + lm.dep_q :], recorder=recorder, on_step=clock)
+        generate(lm, codes[:, :, :10], codes[:, Rows.of(lm).user], recorder=recorder, on_step=clock)
     return 1000 * (at[1] - at[0]) / (codes.shape[-1] - 1 - SKIPPED_STEPS)
 
 
@@ -119,7 +120,7 @@ def _parser() -> ArgumentParser:
     add("--memory", type=rules, default="gated_delta", help="Rule in the last five layers.")
     add("--streams", type=int, default=4, help="Rows of the batch.")
     add("--steps", type=int, default=300, help="Length of one generation.")
-    add("--repeats", type=int, default=5, help="Turns after the one that warms up.")
+    add("--repeats", type=int, default=5, help="Rounds after the one that warms up.")
     add("--context_steps", type=int | None, default=375, help="Ring capacity C.")
     add("--attention_every", type=int, default=0, help="Also with attention mass every n steps.")
     add("--device", type=str | None, help="Default: cuda if there is one.")

@@ -30,10 +30,11 @@ from moshi_ttt.data import CodesFormat, read_manifest
 from moshi_ttt.data.alignments import Word
 from moshi_ttt.data.codes_file import CODES_SUFFIX, write_codes
 from moshi_ttt.data.manifest import raise_together
-from moshi_ttt.data.text import ZERO_TOKEN, text_stream
+from moshi_ttt.data.text import ZERO_TOKEN, lay_text
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_bytes
 from moshi_ttt.model.source import ModelSource, open_source
+from moshi_ttt.rows import TEXT_ROW, Rows
 
 MINUTES = (3.0, 15.0)
 _STREAM = 2  # of a recipe's random numbers; speech has 0 and 1
@@ -73,7 +74,7 @@ def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> dict[str, o
     words = [Word(text, *span) for text, span, who in made.alignments() if who == SPEAKERS[0]]
     clock = source.clock
     steps = clock.steps(made.duration_sec)
-    stream = text_stream(
+    laid = lay_text(
         words,
         source.tokenizer(),
         steps,
@@ -81,8 +82,8 @@ def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> dict[str, o
         padding_id=source.text_padding_id,
         end_of_padding_id=source.end_of_text_padding_id,
     )
-    codes = torch.full((1 + source.n_q, steps), ZERO_TOKEN)
-    codes[0] = stream.tokens
+    codes = torch.full((Rows.of(source).count, steps), ZERO_TOKEN)
+    codes[TEXT_ROW] = laid.tokens
     path = folder / f"text-{recipe.index:05d}{CODES_SUFFIX}"
     write_codes(path, codes, CodesFormat.of(source), f"text of {recipe}")
     return {"path": path.name, "duration": round(clock.seconds(steps), 4)}

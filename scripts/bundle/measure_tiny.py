@@ -4,9 +4,10 @@
     python scripts/bundle/measure_tiny.py --model build/tiny --train build/train/manifest.jsonl \
         --heldout build/heldout/manifest.jsonl --out build/baseline
 
-Held-out loss of each stream beside what a unigram and a copying model lose; loss against position
-on stretches that start anywhere behind the greeting of a conversation, which is easier than the
-rest; input norms while talking freely and while reading; recall of probes against their gap.
+Held-out loss of each group of rows beside what a unigram and a copying model lose; loss against
+position on stretches that start anywhere behind the greeting of a conversation, which is easier
+than the rest; input norms while talking freely and while reading; recall of probes against their
+gap.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from moshi_ttt.model.source import ASSETS, ModelSource, open_source
 from moshi_ttt.report import png, recall_figure
 from moshi_ttt.report.figures import nll_figure, norm_figure
 from moshi_ttt.report.recall import gap_positions
-from moshi_ttt.teacher_forcing.nll import STREAMS
+from moshi_ttt.rows import Rows
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 
 CONVERSATIONS = ASSETS / "conversations"
@@ -43,27 +44,19 @@ NLL_RECORDINGS = 12  # the first ones, for loss and recall of whole recordings
 SPACING_SEC = 23.0  # between the starts of two stretches, and ahead of the first
 
 
-def rows_of(stream: str, own_codebooks: int) -> range:
-    """Rows of the codes that a stream of `PositionNLL` means."""
-    first = {"text": 0, "first_codebook": 1, "other_codebooks": 2}[stream]
-    last = {"text": 0, "first_codebook": 1, "other_codebooks": own_codebooks}[stream]
-    return range(first, last + 1)
-
-
 def baselines(
     train: Sequence[EncodedRecording],
     heldout: Sequence[EncodedRecording],
-    stream: str,
+    rows: range,
     card: int,
-    own_codebooks: int,
 ) -> dict[str, float]:
-    """Held-out NLL in nats a token of models that were fitted to the training recordings.
+    """Held-out NLL of rows in nats a token, of models fitted to the training recordings.
 
     `uniform` knows the vocabulary, `unigram` how often each token occurs (plus one), `copy` mixes
     the unigram with the token before, in the share that fits the training recordings best.
     """
     unigram_nll, copy_nll = [], []
-    for row in rows_of(stream, own_codebooks):
+    for row in rows:
         known = torch.cat([one.codes[row] for one in train]).numpy()
         unigram = np.bincount(known, minlength=card) + 1.0
         unigram /= unigram.sum()
@@ -111,22 +104,26 @@ def write_figures(out: Path, by_position: dict[str, Any], free: Path, forced: Pa
         write_bytes(out / f"{name}.png", png(figure))
 
 
-def stream_losses(
+def losses_by_group(
     lm: Any,
     train: Sequence[EncodedRecording],
     heldout: Sequence[EncodedRecording],
     clip_steps: int,
 ) -> dict[str, dict[str, float]]:
-    """Held-out NLL of each stream in clips of the trained length, and what simpler models lose."""
+    """Held-out NLL of each group of rows in clips of the trained length, and of simpler models."""
     in_clips = nll_by_position(lm, clips(heldout, clip_steps, clip_steps), clip_steps)
+    rows = Rows.of(lm)
     return {
-        stream: {
+        group: {
             **baselines(
-                train, heldout, stream, lm.text_card if stream == "text" else lm.card, lm.dep_q
+                train,
+                heldout,
+                range(rows.count)[part],
+                lm.text_card if group == "text" else lm.card,
             ),
-            "lm_15s_clips": in_clips[stream][0],
+            "lm_15s_clips": in_clips[group][0],
         }
-        for stream in STREAMS
+        for group, part in rows.groups.items()
     }
 
 
@@ -193,7 +190,7 @@ def main() -> None:
             "lower --seconds"
         )
     by_position = nll_by_position(lm, stretches, clock.steps(WINDOW_SEC))
-    losses = stream_losses(lm, train, heldout, clock.steps(CLIP_SEC))
+    losses = losses_by_group(lm, train, heldout, clock.steps(CLIP_SEC))
     scalars = long_runs(lm, source, heldout, arguments.seconds, arguments.runs)
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(

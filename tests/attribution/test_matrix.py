@@ -28,6 +28,7 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers
 from moshi_ttt.model.sinks import AttentionControls
+from moshi_ttt.rows import Rows
 from moshi_ttt.teacher_forcing.losses import token_nll
 
 MakeLM = Callable[..., LMModel]
@@ -108,11 +109,11 @@ def test_what_a_recording_lacks_is_unknown_and_heard_as_silence() -> None:
     silence = torch.full((8, 1), 7)
     cut = streams_from([(recording, 5)], silence, steps=30, prompt_steps=5, seeds=2)
     assert (cut.codes[..., 15:] == -1).all()
-    prompt, user = cut.batch(Condition(context_steps=10), own=9)
+    prompt, user = cut.batch(Condition(context_steps=10), Rows(8, 8))
     assert prompt.shape == (2, 17, 5)
     assert (user[..., :15] == 1).all()
     assert (user[..., 15:] == 7).all()
-    _, silent = cut.batch(Condition(context_steps=10, regime="silent"), own=9)
+    _, silent = cut.batch(Condition(context_steps=10, regime="silent"), Rows(8, 8))
     assert (silent[..., 5:] == 7).all()
 
 

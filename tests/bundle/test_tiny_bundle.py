@@ -18,7 +18,7 @@ from moshi_ttt.data.alignments import read_alignments
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codes import visible_past_steps
 from moshi_ttt.data.codes_file import read_codes
-from moshi_ttt.data.text import text_stream
+from moshi_ttt.data.text import lay_text
 from moshi_ttt.model.source import ASSETS, open_source
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 
@@ -131,7 +131,7 @@ def test_encoding_is_repeatable_and_hears_speech(codec: MimiModel, speech: Tenso
     again = open_source("tiny").codec().encode(speech[..., : 60 * codec.frame_size])
     assert torch.equal(codes[..., :60], again)  # what comes later does not matter either
     silence = codec.encode(torch.zeros_like(speech))
-    # half of it is the other side's turn, which may well sound like silence
+    # half of it is the other side's, which may well sound like silence
     loud = speech.reshape(-1, codec.frame_size).square().mean(dim=1).sqrt() > 1e-2  # [steps]
     assert loud.sum() > 70
     assert (codes != silence)[..., loud].float().mean() > 0.5
@@ -175,7 +175,7 @@ def test_bundled_words_are_those_of_the_alignments(
     for one in bundled["heldout"]:
         path = (CONVERSATIONS / "heldout" / one.name).with_suffix(".json")
         words = read_alignments(path, clock.seconds(one.steps), clock.step_sec).words
-        row = text_stream(
+        row = lay_text(
             words or [],
             source.tokenizer(),
             one.steps,
@@ -277,7 +277,7 @@ def test_the_language_model_has_learnt(bundled: dict[str, list[EncodedRecording]
     codes = torch.stack([one.codes[:, :CLIP_STEPS] for one in bundled["heldout"]])
     metric = PositionNLL(CLIP_STEPS, 1)
     metric.update(lm, lm(codes), codes)
-    (text,), (first,) = (metric.record()[stream] for stream in ("text", "first_codebook"))
+    (text,), (first,) = (metric.record()[group] for group in ("text", "first_codebook"))
     # the best that anyone can do who knows how frequent each token is here, and nothing else
     best_unigram = [entropy(codes[:, row]) for row in (0, lm.audio_offset)]
     assert text < best_unigram[0] - 0.7

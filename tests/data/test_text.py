@@ -4,13 +4,13 @@ import pytest
 from data_fakes import CLOCK, END_PAD, PAD, LetterTokenizer
 
 from moshi_ttt.data.alignments import Word
-from moshi_ttt.data.text import TextStream, text_stream
+from moshi_ttt.data.text import TextRow, lay_text
 
 A, B, C, D = 10, 11, 12, 13
 
 
-def stream(words: list[Word] | None, steps: int) -> TextStream:
-    return text_stream(
+def laid(words: list[Word] | None, steps: int) -> TextRow:
+    return lay_text(
         words, LetterTokenizer(), steps, CLOCK, padding_id=PAD, end_of_padding_id=END_PAD
     )
 
@@ -42,24 +42,24 @@ def stream(words: list[Word] | None, steps: int) -> TextStream:
 def test_words_fall_on_the_steps_worked_out_by_hand(
     words: list[tuple[str, float]], steps: int, expected: list[int], dropped: int
 ) -> None:
-    got = stream([Word(text, start, start + 1) for text, start in words], steps)
+    got = laid([Word(text, start, start + 1) for text, start in words], steps)
     assert got.tokens.tolist() == expected
     assert got.dropped_tokens == dropped
     assert got.written_tokens == sum(token >= A for token in expected)
 
 
 def test_unknown_text_is_the_zero_token_and_silence_is_padding() -> None:
-    assert stream(None, 3).tokens.tolist() == [-1, -1, -1]
-    assert stream([], 3).tokens.tolist() == [PAD, PAD, PAD]
+    assert laid(None, 3).tokens.tolist() == [-1, -1, -1]
+    assert laid([], 3).tokens.tolist() == [PAD, PAD, PAD]
 
 
 def test_step_boundaries_are_exact_where_floats_are_not() -> None:
     assert 2.32 * 12.5 < 29  # upstream's rule puts a word that starts with step 29 into step 28
     starts = range(2, 6000, 3)  # a padding step, its mark, the word
     words = [Word("a", round(step * 0.08, 2), 1e9) for step in starts]
-    assert stream(words, 6000).tokens.tolist() == [PAD, END_PAD, A] * 2000
+    assert laid(words, 6000).tokens.tolist() == [PAD, END_PAD, A] * 2000
 
 
 def test_a_word_across_the_cut_keeps_its_tokens() -> None:
-    tokens = stream([Word("abcd", 0.08, 0.5)], 8).tokens
+    tokens = laid([Word("abcd", 0.08, 0.5)], 8).tokens
     assert tokens[3:].tolist() == [C, D, PAD, PAD, PAD]

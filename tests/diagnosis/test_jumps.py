@@ -258,17 +258,17 @@ def test_a_jump_survives_json_with_all_three_clocks(tmp_path) -> None:
     assert read.step == alone.step
 
 
-def test_records_from_before_the_interval_was_measured_are_read() -> None:
+def test_records_of_another_version_are_refused_with_the_remedy() -> None:
     (jump,) = find_jumps(make_trace(jump_at=763))
     record = jump.record(Clock())
     for name in ("p_value", "first_step", "last_step"):
         del record[name]
-    old = Jump.from_record(record)
-    assert (old.step, old.first_step) == (jump.step, -1)
+    with pytest.raises(UserError, match=r"lacks p_value, first_step, last_step.*evaluate again"):
+        Jump.from_record(record)
 
 
 def test_a_jump_is_described_in_all_three_clocks() -> None:
-    jump = Jump(763, 1.41, 9.0, 1.0, (0, 1, 3), (1.4, 1.41, 1.5), "2C", 13)
+    jump = Jump(763, 1.41, 9.0, 1.0, (0, 1, 3), (1.4, 1.41, 1.5), "2C", 13, 0.01, 760, 766)
     assert jump.describe(Clock()) == (
         "input norm x1.41 at step 763 (61.04 s, legacy token 6104), 13 steps after 2C; "
         "layers 0-1, 3"

@@ -14,6 +14,7 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import find_jumps
 from moshi_ttt.evaluation.scalars import position_summary
 from moshi_ttt.files import write_json
+from moshi_ttt.instruments.attention_mass import no_looks
 from moshi_ttt.instruments.events import Event
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.rings import CacheSnapshot
@@ -31,8 +32,20 @@ def noise(
     streams, layers, steps = shape
     innovations = generator.standard_t(4, size=(streams, layers + 1, steps)) / np.sqrt(2)
     correlated = lfilter([np.sqrt(1 - memory**2)], [1.0, -memory], innovations, axis=-1)
-    turns = np.cumsum(generator.random((streams, 1, steps)) < 1 / 25, axis=-1) % 2
-    return sd * (correlated[:, :1] + correlated[:, 1:]) / np.sqrt(2) + 0.1 * turns
+    talks = np.cumsum(generator.random((streams, 1, steps)) < 1 / 25, axis=-1) % 2
+    return sd * (correlated[:, :1] + correlated[:, 1:]) / np.sqrt(2) + 0.1 * talks
+
+
+def not_measured(shape: tuple[int, int, int], hybrids: int) -> dict[str, np.ndarray]:
+    """Arrays of a trace [S, L, T] that most tests do not care for: NaN, or nothing looked at."""
+    streams, _, steps = shape
+    per_layer = ("input_max", "input_max_channel", "attention_norm", "ffn_norm")
+    per_memory = ("fast_weight_norm", "write_gate", "forgetting")
+    shapes = dict.fromkeys(per_layer, shape)
+    shapes |= dict.fromkeys(per_memory, (streams, hybrids, steps))
+    arrays = {name: np.full(shape, np.nan, dtype=np.float32) for name, shape in shapes.items()}
+    arrays["step_ms"] = np.full(steps, np.nan, dtype=np.float32)
+    return arrays | no_looks(streams)
 
 
 def make_trace(
@@ -66,6 +79,7 @@ def make_trace(
     gate = np.full(memory_shape, 0.05) * (1 + 0.2 * ramp)
     written = np.broadcast_to(np.arange(1, steps + 1), (streams, layers, steps))
     return Trace(
+        **not_measured((streams, layers, steps), len(hybrid_layers)),
         label=label,
         source="tiny",
         clock=Clock(),
@@ -78,6 +92,8 @@ def make_trace(
             CacheSnapshot(f"transformer.layers.{layer}.self_attn", steps, context_steps)
             for layer in range(layers)
         ],
+        channels=64,
+        text_padding_ids=(3, 0),
         input_norm=norm.astype(np.float32),
         branch_raw_norm=raw.astype(np.float32),
         branch_norm=(raw * gate).astype(np.float32),
@@ -121,6 +137,8 @@ def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int
         path = folder / "audio" / f"stream_{clip:02d}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, 0.3 * tones, 24_000)
+    quality = {"window_sec": 5.0, "audible": False, "whole": {}, "positions": []}
+    write_json(folder / "quality.json", quality)
     write_json(
         folder / "summary.json",
         {

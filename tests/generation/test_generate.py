@@ -9,6 +9,7 @@ from moshi.models.lm import LMModel
 from torch import Tensor
 
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.instruments.attention_mass import no_looks
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.model.hybrid import hybrid_layers
 
@@ -69,6 +70,8 @@ def test_recorded_steps_equal_generated_steps_in_every_quantity(make_lm: MakeLM)
     assert recorder.recorded_steps == STEPS
     assert arrays["input_norm"].shape == (STREAMS, 3, STEPS)
     assert arrays["branch_ratio"].shape == (STREAMS, 2, STEPS)
+    looks = [arrays.pop(name) for name in no_looks(STREAMS)]  # of looks, not of steps
+    assert all(values.size == 0 for values in looks)
     for name, values in arrays.items():
         assert values.shape[-1] == STEPS, name
         assert torch.isfinite(torch.from_numpy(values).double()).all(), name

@@ -18,8 +18,8 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.errors import UserError
 from moshi_ttt.evaluation.console import ConsoleLog, event_line
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.instruments.critical import Lengths, by_step, critical_steps
 from moshi_ttt.instruments.events import (
-    critical_positions,
     generation_events,
     position_event,
     turn_events,
@@ -35,7 +35,7 @@ STREAMS, STEPS, CONTEXT = 2, 60, 16
 
 
 def test_critical_positions_are_those_of_both_clocks() -> None:
-    positions = critical_positions(375, 6200, prompt_steps=125, trained_steps=188)
+    positions = by_step(critical_steps(Lengths(375, 6200, prompt_steps=125, trained_steps=188)))
     assert [step for step, names in positions.items() if names[0].startswith("C")] == [
         374,
         375,
@@ -55,7 +55,7 @@ def test_critical_positions_are_those_of_both_clocks() -> None:
 
 
 def test_positions_outside_the_run_are_left_out() -> None:
-    positions = critical_positions(375, 400, trained_steps=400)
+    positions = by_step(critical_steps(Lengths(375, 400, trained_steps=400)))
     assert max(positions) == 376
     assert all("trained length" not in names for names in positions.values())
 
@@ -182,6 +182,8 @@ def run_with_log(make_lm: Callable[..., LMModel], interval_steps: int) -> tuple[
         streams=["a", "b"],
         hybrid_layers=[1],
         rings=recorder.rings,
+        channels=lm.dim,
+        text_padding_ids=(3, 0),
         text_tokens=tokens[:, 0].numpy(),
         codes=tokens[:, 1:].numpy(),
         **recorder.arrays(),

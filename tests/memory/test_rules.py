@@ -78,11 +78,11 @@ def test_gradients_match_the_reference(name: str) -> None:
     state = state_after(rule, 7)
     initial = [tensor for tensor in state.values() if tensor.requires_grad]
     wanted = [x, *rule.parameters(), *initial]
-    probe = torch.randn(2, 13, rule.width, dtype=torch.float64)
+    weights = torch.randn(2, 13, rule.width, dtype=torch.float64)
 
     def gradients(y: Tensor, after: MemoryState) -> list[Tensor]:
         floating = [tensor for tensor in after.values() if tensor.is_floating_point()]
-        objective = (y * probe).sum() + sum(tensor.square().sum() for tensor in floating)
+        objective = (y * weights).sum() + sum(tensor.square().sum() for tensor in floating)
         return torch.autograd.grad(objective, wanted, materialize_grads=True)
 
     got, expected = gradients(*rule(x, state)), gradients(*run_reference(rule, x, state))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import soundfile
 from synthetic_trace import make_trace
 
+from moshi_ttt.errors import UserError
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.audible import audible_finding, audible_section
 from moshi_ttt.report.figures import pixels
@@ -97,20 +100,29 @@ def test_what_was_not_measured_survives_saving_as_not_measured(tmp_path: Path) -
     assert np.isfinite(trace.step_ms).all()
 
 
-def test_traces_written_before_these_arrays_are_still_read(tmp_path: Path) -> None:
-    trace = make_trace()
-    trace.save(tmp_path)
+@pytest.mark.parametrize("lost", ["step_ms", "write_gate", "channels", "text_padding_ids"])
+def test_traces_of_another_version_are_refused_with_the_remedy(tmp_path: Path, lost: str) -> None:
+    make_trace().save(tmp_path)
     path = tmp_path / "traces.npz"
     with np.load(path) as data:
-        new = ("step_ms", "attention_norm", "attention_mass", "write_gate")
-        kept = {name: data[name] for name in data.files if name not in new}
-    meta = str(kept["meta"])
-    for field in (', "channels": 0', ', "text_padding_ids": [3, 0]'):
-        assert field in meta
-        meta = meta.replace(field, "")
-    np.savez(path, **kept | {"meta": np.array(meta)})
-    old = Trace.load(tmp_path)
-    assert np.isnan(old.write_gate).all()
-    assert old.channels == 0
-    assert np.isnan(old.input_rms).all()
-    np.testing.assert_array_equal(old.input_norm, trace.input_norm)
+        kept = {name: data[name] for name in data.files if name != lost}
+    meta = json.loads(str(kept["meta"]))
+    meta.pop(lost, None)
+    np.savez(path, **kept | {"meta": np.array(json.dumps(meta))})
+    with pytest.raises(UserError, match=rf"not a trace of this version.*{lost}.*evaluate again"):
+        Trace.load(tmp_path)
+
+
+def test_arrays_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
+    trace = make_trace()
+    fields = {name: getattr(trace, name) for name in Trace.__slots__}
+    for name, axes in (("text_tokens", "St"), ("gate", "SMT"), ("step_ms", "T")):
+        with pytest.raises(ValueError, match=rf"{name} is .* its axes {axes} are"):
+            Trace(**fields | {name: fields[name][..., :-1]})
+    make_trace().save(tmp_path)
+    path = tmp_path / "traces.npz"
+    with np.load(path) as data:
+        kept = {name: data[name] for name in data.files}
+    np.savez(path, **kept | {"codes": kept["codes"][:1]})
+    with pytest.raises(UserError, match=r"codes is .* its axes SQt are"):
+        Trace.load(tmp_path)

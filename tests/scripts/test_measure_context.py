@@ -13,9 +13,9 @@ import torch
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import open_source
+from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.contexts import ContextSweep
 from moshi_ttt.teacher_forcing.losses import token_nll
-from moshi_ttt.teacher_forcing.nll import STREAMS
 
 SWEEP = ContextSweep((0.08, 0.8, 2.4), target_sec=0.4, spacing_sec=0.8)
 
@@ -41,7 +41,7 @@ def test_every_context_is_measured_on_the_same_seconds() -> None:
     for piece, (one, start) in zip(pieces, ends, strict=True):
         assert torch.equal(piece, one.codes[:, start - 30 : start + 5])
     values = SWEEP.nll(lm, pieces, source.clock)
-    assert list(values) == list(STREAMS)
+    assert list(values) == list(GROUPS)
     for index, context in enumerate((1, 10, 30)):
         expected = []
         for one, start in ends:

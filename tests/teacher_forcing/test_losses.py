@@ -115,9 +115,9 @@ def test_position_nll_averages_each_stream_within_its_windows(make_lm: MakeLM) -
     result = metric.compute()
     nan = float("nan")
     expected = {"text": [1, 2, 2, nan], "first_codebook": [2, 4, 4, nan]}
-    for stream, values in {**expected, "other_codebooks": [1, 2, 2, nan]}.items():
+    for group, values in {**expected, "other_codebooks": [1, 2, 2, nan]}.items():
         torch.testing.assert_close(
-            result[stream], torch.tensor(values, dtype=torch.float64) * ln2, equal_nan=True
+            result[group], torch.tensor(values, dtype=torch.float64) * ln2, equal_nan=True
         )
     record = metric.record()
     assert list(record) == ["window_steps", "start_step", *expected, "other_codebooks"]
@@ -143,7 +143,7 @@ def _one_process(rank: int, folder: str) -> None:
     metric = PositionNLL(window_steps=2, windows=2)
     rows = slice(0, 3) if rank == 0 else slice(3, 4)
     codes, probability = _four_rows()
-    layout = type("Layout", (), {"audio_offset": 1, "dep_q": 8})
+    layout = type("Layout", (), {"n_q": 16, "dep_q": 8})
     metric.update(layout, output_with(probability[rows], codes[rows], 20, 16), codes[rows])
     result = metric.compute()
     torch.save(result, f"{folder}/{rank}.pt")
@@ -165,5 +165,5 @@ def test_position_nll_of_two_processes_is_that_of_one(make_lm: MakeLM, tmp_path:
     expected = metric.compute()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for stream, values in expected.items():
-            torch.testing.assert_close(found[stream], values)
+        for group, values in expected.items():
+            torch.testing.assert_close(found[group], values)

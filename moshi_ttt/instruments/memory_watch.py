@@ -1,0 +1,159 @@
+"""What the memories of a hybrid do at each step: what they add, write, forget and hold."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from moshi.models.lm import LMModel
+from torch import Tensor, nn
+
+from moshi_ttt.instruments.buffers import Buffers
+from moshi_ttt.memory import GatedDelta
+from moshi_ttt.model.hybrid import HybridLayer, hybrid_layers
+
+FAST_WEIGHT_STRIDE = 16
+"""Steps between two looks at the fast weights: they are hundreds of MiB on Moshi 7B and change
+little from step to step."""
+
+
+class MemoryWatch:
+    """The part of a `Recorder` that looks at the memories; nothing to do in vanilla Moshi.
+
+    Args:
+        lm: the model, with its memory already added.
+        buffers: of the recorder; room is made in them.
+        batch_size: streams S.
+        max_steps: steps T to make room for.
+    """
+
+    def __init__(self, lm: LMModel, buffers: Buffers, batch_size: int, max_steps: int) -> None:
+        self._dim = lm.dim
+        self._hybrids = hybrid_layers(lm)
+        self._buffers = buffers
+        count = len(self._hybrids)
+        buffers.add(2 * count, "branch_norms")
+        buffers.add(count, "branch_residual_norm", "write_gate", "forgetting")
+        buffers.add(count, "inner_updates", dtype=torch.long)
+        looks = -(-max_steps // FAST_WEIGHT_STRIDE)
+        empty = torch.full((looks, batch_size, count), float("nan"), device=lm.device)
+        self._fast_weight_norm = empty
+        self._gate_rms = torch.full((count,), float("nan"), device=lm.device)
+        self._log_rates = torch.zeros(0, device=lm.device)
+        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def __bool__(self) -> bool:
+        return bool(self._hybrids)
+
+    def attach(self, on_output: Callable[..., None]) -> None:
+        """Add forward hooks that keep references and issue no operation.
+
+        Args:
+            on_output: called with a module, a hook and its `kwargs`; undoes them at the end.
+        """
+        for layer in self._hybrids.values():
+            on_output(layer.branch, self._keep_branch, with_kwargs=True)
+            on_output(layer.branch.out_proj, self._keep("read_out"))
+            on_output(layer.branch.rule.write, self._keep("write"))
+            if isinstance(layer.branch.rule, GatedDelta):
+                on_output(layer.branch.rule.forget, self._keep("forget"))
+        if self:
+            self._read_constants()
+
+    @torch.no_grad()
+    def _read_constants(self) -> None:
+        """What the memories' parameters say once and for all: they do not learn in a run."""
+        branches = [layer.branch for layer in self._hybrids.values()]
+        gates = torch.stack([b.gate.tanh() if b.bounded else b.gate for b in branches]).float()
+        self._gate_rms = gates.square().mean(dim=1).sqrt()
+        self._log_rates = torch.stack([b.rule.log_rate for b in branches]).float()  # [M, H]
+        # where forgetting does not depend on the data it stays at this
+        self._buffers.fill("forgetting", self._log_rates.exp().mean(dim=1))
+
+    def _keep(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            self._seen[name].append(output)
+
+        return hook
+
+    def _keep_branch(
+        self, _: nn.Module, __: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> None:
+        self._seen["branch_residual"].append(kwargs["residual"])
+        self._seen["branch"].append(output)
+
+    def end_step(self) -> None:
+        """Called at the end of each step, inside the graph: reduce what was kept, and write it."""
+        if not self:
+            return
+        seen, write = self._seen, self._buffers.write
+        write("branch_norms", l2_norm(torch.cat([*seen["read_out"], *seen["branch"]], dim=1)))
+        write("branch_residual_norm", l2_norm(torch.cat(seen["branch_residual"], dim=1)))
+        # write gates and forgetting rates, [B, M, H], averaged over the heads
+        write("write_gate", torch.cat(seen["write"], dim=1).sigmoid().mean(dim=-1))
+        if seen["forget"]:
+            log_rates = self._log_rates + torch.cat(seen["forget"], dim=1)
+            write("forgetting", log_rates.exp().mean(dim=-1))
+        updates = [layer.branch.updates() for layer in self._hybrids.values()]
+        write("inner_updates", torch.stack(updates, dim=1))
+        self.drop_seen()
+
+    def drop_seen(self) -> None:
+        """Let go of what was kept."""
+        self._seen.clear()
+
+    def after_step(self, step: int) -> None:
+        """Called between steps: looks at the fast weights if it is time to."""
+        if self and step % FAST_WEIGHT_STRIDE == 0:
+            norms = [_fast_weight_norm(layer) for layer in self._hybrids.values()]
+            self._fast_weight_norm[step // FAST_WEIGHT_STRIDE] = torch.stack(norms, dim=1)
+
+    def check(self, generated_steps: int) -> None:
+        """Called at the end of a run, while it still streams.
+
+        Raises:
+            RuntimeError: a memory made no inner update in a run long enough for one.
+        """
+        for index, layer in self._hybrids.items():
+            expected = generated_steps // layer.branch.rule.steps_per_update
+            if expected and int(layer.branch.updates().min()) != expected:
+                raise RuntimeError(
+                    f"layer {index}: {int(layer.branch.updates().min())} inner updates in "
+                    f"{generated_steps} steps, expected {expected}; the memory is not adapting"
+                )
+
+    def derive(self, rows: dict[str, Any], first: int, stop: int) -> None:
+        """Turn what `Buffers.read` gave of steps `first` to `stop` - 1 into `Trace` fields."""
+        read_out, rows["branch_norm"] = np.split(rows.pop("branch_norms"), 2, axis=1)
+        residual = rows.pop("branch_residual_norm")
+        bounded = np.array([layer.branch.bounded for layer in self._hybrids.values()], dtype=bool)
+        # the same bound as `MemoryBranch.forward`, in terms of norms
+        mean_square = np.square(read_out) / self._dim
+        bound = residual * self._dim**-0.5 / np.sqrt(1 + mean_square)
+        rows["branch_raw_norm"] = np.where(bounded[:, None], read_out * bound, read_out)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rows["branch_ratio"] = rows["branch_norm"] / residual
+        rows["gate"] = np.empty_like(rows["branch_norm"])
+        rows["gate"][:] = self._gate_rms.cpu().numpy()[:, None]
+        looks = self._fast_weight_norm.permute(1, 2, 0).cpu().numpy()
+        rows["fast_weight_norm"] = looks[..., np.arange(first, stop) // FAST_WEIGHT_STRIDE]
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """L2 norm over channels, at least fp32, without a copy in fp32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+
+
+def _fast_weight_norm(layer: HybridLayer) -> Tensor:
+    """L2 norm of all fast weights of a memory, [B]; sums within a mini-batch are none."""
+    memory = layer.branch.get_streaming_state()[""].memory
+    norms = [
+        torch.linalg.vector_norm(value.flatten(1), dim=1)
+        for name, value in memory.items()
+        if value.is_floating_point() and not name.startswith("step_")
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
