@@ -20,6 +20,7 @@ from moshi_ttt.attribution.conditions import Cell, Condition
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.files import write_atomic, write_json
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.generation.observer import Observer
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.model.hybrid import gates_forced_to_zero
 from moshi_ttt.model.sinks import AttentionControls
@@ -76,7 +77,7 @@ def streams_from(
     return Streams(torch.stack(rows), silence, prompt_steps, seeds)
 
 
-class _ForcedNLL:
+class _ForcedNLL(Observer):
     """NLL of forced text and first-codebook tokens, recorded on the device at every step."""
 
     def __init__(self, lm: LMModel, codes: Tensor) -> None:
@@ -122,7 +123,7 @@ def run_cell(
     streams: Streams,
     *,
     seed: int,
-    on_step: Callable[[int], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Cell:
     """Generate under one condition; the model is handed back as it was.
 
@@ -132,28 +133,29 @@ def run_cell(
         condition: what to hold and what to change.
         streams: prompts and users.
         seed: of the sampling.
-        on_step: called with each finished step.
+        observers: watch the run besides what is recorded for the cell.
     """
-    own = 1 + lm.dep_q
-    forced, user = streams.batch(condition, own)
+    forced, user = streams.batch(condition, own=1 + lm.dep_q)
     controls.set(
         context_steps=condition.context_steps,
         sinks=condition.sinks,
         start_position=condition.start_position,
     )
-    probe = _ForcedNLL(lm, forced) if condition.regime == "forced" else None
     recorder = Recorder(lm, len(user), user.shape[-1])
+    forced_nll = _ForcedNLL(lm, forced) if condition.regime == "forced" else None
+    watching: list[Observer] = [recorder]
+    if forced_nll is not None:
+        watching.append(forced_nll)
     with (
         borrowed(lm, seed),
         gates_forced_to_zero(lm) if condition.gates_shut else nullcontext(),
-        probe.attached() if probe else nullcontext(),
     ):
-        generate(lm, forced, user, recorder=recorder, on_step=on_step)
+        generate(lm, forced, user, observers=[*watching, *observers])
     norm = recorder.arrays()["input_norm"]
     nll = None
-    if probe is not None:
+    if forced_nll is not None:
         norm = np.repeat(norm, streams.seeds, axis=0)
-        nll = np.repeat(probe.array(), streams.seeds, axis=0)
+        nll = np.repeat(forced_nll.array(), streams.seeds, axis=0)
     with np.errstate(divide="ignore"):
         log_norm = np.log(norm)
     return Cell(condition, log_norm, streams.prompts, streams.prompt_steps, nll)

@@ -15,6 +15,7 @@ from typing import Any
 from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.quality import text_measures
 from moshi_ttt.errors import UserError
+from moshi_ttt.generation.observer import Observer
 from moshi_ttt.instruments.events import (
     Event,
     cache_events,
@@ -48,7 +49,7 @@ def _text(key: str, value: Any) -> str | None:
     return str(value).replace(" ", "_")
 
 
-class ConsoleLog:
+class ConsoleLog(Observer):
     """Reports a running generation at every n-th step and at every critical position.
 
     Args:
@@ -89,8 +90,8 @@ class ConsoleLog:
         self._context_steps = context_steps
         self._read_to = 0
 
-    def after_step(self, step: int) -> None:
-        """Call after each generated step; reads and writes only when a line is due."""
+    def after_step(self, step: int, /) -> None:
+        """Reads and writes only when a line is due; the recorder has to be told first."""
         if step == 0:
             self._emit(cache_events(self._recorder.rings, self._clock))
         turns = step >= self._context_steps and step % self._context_steps == 0

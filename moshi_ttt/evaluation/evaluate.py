@@ -25,6 +25,7 @@ from moshi_ttt.evaluation.console import ConsoleLog, event_line
 from moshi_ttt.evaluation.folder import write_audio, write_folder
 from moshi_ttt.evaluation.scalars import position_summary, quality_scalars, recall_scalars
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.generation.observer import EachStep, Observer
 from moshi_ttt.generation.prompts import choose_prompts
 from moshi_ttt.generation.users import silence_codes
 from moshi_ttt.instruments.attention_mass import AttentionProbe
@@ -97,11 +98,9 @@ def evaluate(
                 text_padding_ids=padding_ids,
             )
 
-        def on_step(step: int) -> None:
-            progress.update()
-            if log is not None:
-                log.after_step(step)
-
+        observers: list[Observer] = [recorder, EachStep(lambda _: progress.update())]
+        if log is not None:
+            observers.append(log)
         generating_sec = time.monotonic()
         tokens = generate(
             lm,
@@ -111,8 +110,7 @@ def evaluate(
             text_temperature=config.text_temperature,
             top_k=config.top_k,
             top_k_text=config.top_k_text,
-            recorder=recorder,
-            on_step=on_step,
+            observers=observers,
         ).cpu()
         generating_sec = time.monotonic() - generating_sec
         if read is None:
