@@ -125,9 +125,7 @@ def heat_map_figure(trace: Trace, jumps: Sequence[Jump]) -> Figure:
     layers, steps = trace.input_norm.shape[1:]
     figure = Figure(figsize=(10, 3.2 + min(3.0, 0.12 * layers)))
     axes = figure.add_subplot()
-    # a run that was forced throughout has nothing after its prompt
-    prompt_steps = trace.prompt_steps if trace.prompt_steps < steps else 0
-    first = min(max(prompt_steps, SETTLE_STEPS), steps - 1)
+    first = min(max(trace.free_from, SETTLE_STEPS), steps - 1)
     curves = np.stack([middle(trace.input_norm[:, layer]) for layer in range(layers)])
     with np.errstate(divide="ignore", invalid="ignore"):
         octaves = np.log2(curves / np.median(curves[:, first : first + 50], axis=-1, keepdims=True))
