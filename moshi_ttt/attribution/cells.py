@@ -17,10 +17,11 @@ from moshi.models.lm import LMModel
 from torch import Tensor, nn
 
 from moshi_ttt.attribution.conditions import Cell, Condition
-from moshi_ttt.data import EncodedRecording
 from moshi_ttt.files import write_atomic, write_json
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.generation.observer import Observer
+from moshi_ttt.generation.prompts import Start, cut_recordings
+from moshi_ttt.generation.users import user_codes
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.model.hybrid import gates_forced_to_zero
 from moshi_ttt.model.sinks import AttentionControls
@@ -52,16 +53,14 @@ class Streams:
         if condition.regime != "forced":
             # without sampling, seeds would repeat each other
             codes = codes.repeat_interleave(self.seeds, dim=0)
-        heard = codes[:, own:]
-        user = torch.where(heard >= 0, heard, self.silence)
-        if condition.regime == "silent":
-            user[..., self.prompt_steps :] = self.silence
+        silent_from = self.prompt_steps if condition.regime == "silent" else None
+        user = user_codes(codes, self.silence, own, silent_from=silent_from)
         forced_steps = codes.shape[-1] if condition.regime == "forced" else self.prompt_steps
         return codes[..., :forced_steps], user
 
 
 def streams_from(
-    starts: Sequence[tuple[EncodedRecording, int]],
+    starts: Sequence[Start],
     silence: Tensor,
     *,
     steps: int,
@@ -69,12 +68,7 @@ def streams_from(
     seeds: int,
 ) -> Streams:
     """Cut the recordings; what a recording lacks at its end is unknown (-1)."""
-    rows = []
-    for recording, start in starts:
-        piece = recording.codes[:, start : start + steps]
-        missing = steps - piece.shape[-1]
-        rows.append(torch.nn.functional.pad(piece, (0, missing), value=-1))
-    return Streams(torch.stack(rows), silence, prompt_steps, seeds)
+    return Streams(cut_recordings(starts, steps), silence, prompt_steps, seeds)
 
 
 class _ForcedNLL(Observer):

@@ -9,7 +9,7 @@ left out. Between two lines nothing is read from the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from moshi_ttt.clock import Clock
@@ -35,6 +35,14 @@ def event_line(record: Mapping[str, Any]) -> str:
     fields |= {f"{name}_by_layer": layers[name] for name in _LISTED_LAYERS if name in layers}
     parts = ((key, _text(key, value)) for key, value in fields.items())
     return " ".join(f"{key}={text}" for key, text in parts if text is not None)
+
+
+def log_events(
+    events: Iterable[Event], clock: Clock, write: Callable[[str], object] = print
+) -> None:
+    """One line an event; `write` takes each line."""
+    for event in events:
+        write(event_line(event.record(clock)))
 
 
 def _text(key: str, value: Any) -> str | None:
@@ -93,7 +101,7 @@ class ConsoleLog(Observer):
     def after_step(self, step: int, /) -> None:
         """Reads and writes only when a line is due; the recorder has to be told first."""
         if step == 0:
-            self._emit(cache_events(self._recorder.rings, self._clock))
+            self._log(cache_events(self._recorder.rings, self._clock))
         turns = step >= self._context_steps and step % self._context_steps == 0
         names = self._positions.get(step, [])
         if not (names or turns or step % self._interval_steps == 0):
@@ -117,8 +125,7 @@ class ConsoleLog(Observer):
                 event.detail[f"text_{name}"] = sum(values) / len(values)
         # since the last line: one step alone is mostly noise
         event.detail["step_ms"] = float(block["step_ms"].mean())
-        self._emit([*events, event])
+        self._log([*events, event])
 
-    def _emit(self, events: Sequence[Event]) -> None:
-        for event in events:
-            self._write(event_line(event.record(self._clock)))
+    def _log(self, events: Iterable[Event]) -> None:
+        log_events(events, self._clock, self._write)

@@ -15,3 +15,21 @@ def silence_codes(codec: MimiModel, clock: Clock, codebooks: int) -> Tensor:
     with torch.no_grad():
         codes = codec.encode(silence.to(next(codec.parameters()).device))
     return codes[0, :codebooks, -1:]
+
+
+def user_codes(
+    codes: Tensor, silence: Tensor, own: int, *, silent_from: int | None = None
+) -> Tensor:
+    """What the user says at every step, [P, K_user, T].
+
+    Args:
+        codes: recordings [P, K, T]; what is not known (-1) is heard as silence.
+        silence: what `silence_codes` gave, [K_user, 1].
+        own: rows of text and of Moshi's codes, which come before the user's.
+        silent_from: step from which on the user is silent; None goes on as recorded.
+    """
+    heard = codes[:, own:]
+    user = torch.where(heard >= 0, heard, silence)
+    if silent_from is not None:
+        user[..., silent_from:] = silence
+    return user
