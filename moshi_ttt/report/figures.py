@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.signal import spectrogram
 
 from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump
+from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.inside import inside_figures
 from moshi_ttt.report.recall import Recall, gap_positions, recall_figure
@@ -58,9 +59,21 @@ def pixels(figure: Figure) -> np.ndarray:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
+    return png_of(pixels(figure))
+
+
+def png_of(picture: np.ndarray) -> bytes:
+    """What `pixels` gave as a PNG file."""
     buffer = io.BytesIO()
-    imsave(buffer, pixels(figure), format="png")
+    imsave(buffer, picture, format="png")
     return buffer.getvalue()
+
+
+def evaluation_pictures(evaluation: Evaluation, trace: Trace) -> dict[str, np.ndarray]:
+    """Every figure of one evaluation by name, as `pixels` gives it."""
+    audio = next(iter(evaluation.audio), None)
+    figures = evaluation_figures(trace, evaluation.jumps, evaluation.nll, evaluation.recall, audio)
+    return {name: pixels(figure) for name, figure in figures.items()}
 
 
 def evaluation_figures(
