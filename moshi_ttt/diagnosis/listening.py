@@ -108,13 +108,8 @@ def listen(
     for step, names in listening_positions(trace, jumps).items():
         windows = around(step, window_steps, first=trace.free_from, stop=steps)
         if windows is not None:
-            positions.append(
-                {
-                    "names": names,
-                    **_place(step, windows, clock),
-                    "measures": measures_around(windows),
-                }
-            )
+            place = _place(names, step, windows, clock)
+            positions.append(place | {"measures": measures_around(windows)})
     whole = [tokens_and_codes(stream, trace.free_from, steps) for stream in range(streams)]
     return {
         "window_steps": window_steps,
@@ -125,9 +120,10 @@ def listen(
     }
 
 
-def _place(step: int, windows: Windows, clock: Clock) -> dict[str, Any]:
+def _place(names: Sequence[str], step: int, windows: Windows, clock: Clock) -> dict[str, Any]:
     """Where a position lies, and the windows around it."""
     return {
+        "names": names,
         "step": step,
         "seconds": clock.seconds(step),
         "legacy_token": clock.legacy_tokens(step),
