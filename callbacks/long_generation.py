@@ -62,6 +62,6 @@ class LongGeneration(Callback):
                 label=f"epoch {epoch}",
                 trained_steps=data.clip_steps,
             )
-            log_evaluation(logger.experiment, folder, trainer.global_step)
-            write_report(run_folder)
+            pictures = log_evaluation(logger.experiment, folder, trainer.global_step)
+            write_report(run_folder, {folder: pictures})
         trainer.strategy.barrier("long generation")

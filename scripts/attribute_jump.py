@@ -41,6 +41,7 @@ from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_json
+from moshi_ttt.generation.observer import EachStep
 from moshi_ttt.generation.prompts import choose_prompts
 from moshi_ttt.generation.users import silence_codes
 from moshi_ttt.model.build import Dtype
@@ -140,9 +141,8 @@ def _run(
         with tqdm(total=len(missing) * steps, unit="step") as bar:
             for one in missing:
                 bar.set_description(one.name)
-                cell = run_cell(
-                    lm, controls, one, streams, seed=seed, on_step=lambda _: bar.update()
-                )
+                moved = EachStep(lambda _: bar.update())
+                cell = run_cell(lm, controls, one, streams, seed=seed, observers=[moved])
                 save_cell(folder, cell, settings)
                 found[one] = cell
     return [cell for cell in found.values() if cell is not None]
@@ -156,9 +156,8 @@ def _steps_per_sec(
     short = Streams(
         streams.codes[..., :TRIAL_STEPS], streams.silence, streams.prompt_steps, streams.seeds
     )
-    run_cell(
-        lm, controls, condition, short, seed=seed, on_step=lambda _: times.append(time.monotonic())
-    )
+    timed = EachStep(lambda _: times.append(time.monotonic()))
+    run_cell(lm, controls, condition, short, seed=seed, observers=[timed])
     warm = len(times) // 2
     return (len(times) - 1 - warm) / max(times[-1] - times[warm], 1e-9)
 

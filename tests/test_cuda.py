@@ -34,7 +34,7 @@ def lm(make_lm: MakeLM, request: pytest.FixtureRequest) -> LMModel:
 def record(lm: LMModel, codes: torch.Tensor) -> Recorder:
     with borrowed(lm, 0):
         recorder = Recorder(lm, STREAMS, STEPS, AttentionWatch([0, 1], every_n_steps=7))
-        generate(lm, codes, codes[:, 9:], recorder=recorder)
+        generate(lm, codes, codes[:, 9:], observers=[recorder])
     return recorder
 
 

@@ -17,9 +17,11 @@ from moshi.models.lm import LMModel
 from torch import Tensor, nn
 
 from moshi_ttt.attribution.conditions import Cell, Condition
-from moshi_ttt.data import EncodedRecording
 from moshi_ttt.files import write_atomic, write_json
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.generation.observer import Observer
+from moshi_ttt.generation.prompts import Start, cut_recordings
+from moshi_ttt.generation.users import user_codes
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.model.hybrid import gates_forced_to_zero
 from moshi_ttt.model.sinks import AttentionControls
@@ -52,16 +54,14 @@ class Streams:
         if condition.regime != "forced":
             # without sampling, seeds would repeat each other
             codes = codes.repeat_interleave(self.seeds, dim=0)
-        heard = codes[:, rows.user]
-        user = torch.where(heard >= 0, heard, self.silence)
-        if condition.regime == "silent":
-            user[..., self.prompt_steps :] = self.silence
+        silent_from = self.prompt_steps if condition.regime == "silent" else None
+        user = user_codes(codes, self.silence, rows, silent_from=silent_from)
         forced_steps = codes.shape[-1] if condition.regime == "forced" else self.prompt_steps
         return codes[..., :forced_steps], user
 
 
 def streams_from(
-    starts: Sequence[tuple[EncodedRecording, int]],
+    starts: Sequence[Start],
     silence: Tensor,
     *,
     steps: int,
@@ -69,15 +69,10 @@ def streams_from(
     seeds: int,
 ) -> Streams:
     """Cut the recordings; what a recording lacks at its end is unknown (-1)."""
-    rows = []
-    for recording, start in starts:
-        piece = recording.codes[:, start : start + steps]
-        missing = steps - piece.shape[-1]
-        rows.append(torch.nn.functional.pad(piece, (0, missing), value=-1))
-    return Streams(torch.stack(rows), silence, prompt_steps, seeds)
+    return Streams(cut_recordings(starts, steps), silence, prompt_steps, seeds)
 
 
-class _ForcedNLL:
+class _ForcedNLL(Observer):
     """NLL of forced text and first-codebook tokens, recorded on the device at every step."""
 
     def __init__(self, lm: LMModel, codes: Tensor) -> None:
@@ -125,7 +120,7 @@ def run_cell(
     streams: Streams,
     *,
     seed: int,
-    on_step: Callable[[int], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Cell:
     """Generate under one condition; the model is handed back as it was.
 
@@ -135,7 +130,7 @@ def run_cell(
         condition: what to hold and what to change.
         streams: prompts and users.
         seed: of the sampling.
-        on_step: called with each finished step.
+        observers: watch the run besides what is recorded for the cell.
     """
     forced, user = streams.batch(condition, Rows.of(lm))
     controls.set(
@@ -143,14 +138,16 @@ def run_cell(
         sinks=condition.sinks,
         start_position=condition.start_position,
     )
-    forced_nll = _ForcedNLL(lm, forced) if condition.regime == "forced" else None
     recorder = Recorder(lm, len(user), user.shape[-1])
+    forced_nll = _ForcedNLL(lm, forced) if condition.regime == "forced" else None
+    watching: list[Observer] = [recorder]
+    if forced_nll is not None:
+        watching.append(forced_nll)
     with (
         borrowed(lm, seed),
         gates_forced_to_zero(lm) if condition.gates_shut else nullcontext(),
-        forced_nll.attached() if forced_nll else nullcontext(),
     ):
-        generate(lm, forced, user, recorder=recorder, on_step=on_step)
+        generate(lm, forced, user, observers=[*watching, *observers])
     norm = recorder.arrays()["input_norm"]
     nll = None
     if forced_nll is not None:

@@ -227,10 +227,10 @@ def ratios_at(trace: Trace, step: int, *, window_steps: int = 50) -> np.ndarray:
     after = np.median(trace.input_norm[..., step:stop], axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = after / before
-    return np.array([_median(layer) for layer in ratios.T])
+    return np.array([finite_median(layer) for layer in ratios.T])
 
 
-def _median(values: np.ndarray) -> float:
+def finite_median(values: np.ndarray) -> float:
     """Median of the finite values; NaN if there is none."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else math.nan

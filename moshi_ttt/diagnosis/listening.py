@@ -1,6 +1,6 @@
 """Is a jump audible? Measures of text and sound before and after each critical position.
 
-Writes nothing and reads no file: `longrun` gives it a finished trace and a codec, and stores
+Writes nothing and reads no file: an evaluation gives it a finished trace and a codec, and stores
 what comes back as `quality.json` and short sound files.
 """
 
@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 from moshi.models.compression import MimiModel
 
+from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import Jump
 from moshi_ttt.diagnosis.quality import (
     around,
@@ -26,6 +27,8 @@ from moshi_ttt.diagnosis.quality import (
 from moshi_ttt.instruments.critical import by_step
 from moshi_ttt.instruments.trace import Trace
 
+Windows = tuple[tuple[int, int], tuple[int, int]]
+"""Before and after a position, each [first, stop) in steps."""
 LEAD_SEC = 2.0  # decoded before a window and dropped, so that the codec has settled
 PIECE_STARTS_WORD = "\u2581"  # sentencepiece's mark of a blank
 
@@ -49,7 +52,7 @@ def decode(codec: MimiModel, codes: np.ndarray, lead_steps: int = 0) -> np.ndarr
 def listening_positions(trace: Trace, jumps: Sequence[Jump]) -> dict[int, list[str]]:
     """Names by step, in order: structural positions after the prompt; `jump`, `jump 2` ..."""
     structural = trace.critical_steps().items()
-    positions = {name: step for name, step in structural if step > _free_from(trace)}
+    positions = {name: step for name, step in structural if step > trace.free_from}
     for number, step in enumerate(sorted({jump.step for jump in jumps}), 1):
         positions["jump" if number == 1 else f"jump {number}"] = step
     return by_step(positions)
@@ -93,30 +96,20 @@ def listen(
         )
         return text | codes_measures(trace.codes[stream, :, first:stop], cardinality)
 
-    positions = []
-    for step, names in listening_positions(trace, jumps).items():
-        windows = around(step, window_steps, first=_free_from(trace), stop=steps)
-        if windows is None:
-            continue
+    def measures_around(windows: Windows) -> dict[str, dict[str, float]]:
         measures = measure_around(windows, streams, tokens_and_codes)
         if codec is not None:
             measures |= _audio_around(trace, codec, windows)
         # the loss is one value over all recordings, so it has no streams to pair
-        measures |= measure_around(
-            windows, 1, lambda _, first, stop: nll_measures(nll, first, stop)
-        )
-        positions.append(
-            {
-                "names": names,
-                "step": step,
-                "seconds": clock.seconds(step),
-                "legacy_token": clock.legacy_tokens(step),
-                "before": windows[0],
-                "after": windows[1],
-                "measures": measures,
-            }
-        )
-    whole = [tokens_and_codes(stream, _free_from(trace), steps) for stream in range(streams)]
+        return measures | measure_around(windows, 1, lambda _, *window: nll_measures(nll, *window))
+
+    positions = []
+    for step, names in listening_positions(trace, jumps).items():
+        windows = around(step, window_steps, first=trace.free_from, stop=steps)
+        if windows is not None:
+            place = _place(names, step, windows, clock)
+            positions.append(place | {"measures": measures_around(windows)})
+    whole = [tokens_and_codes(stream, trace.free_from, steps) for stream in range(streams)]
     return {
         "window_steps": window_steps,
         "window_sec": clock.seconds(window_steps),
@@ -126,9 +119,19 @@ def listen(
     }
 
 
-def _audio_around(
-    trace: Trace, codec: MimiModel, windows: tuple[tuple[int, int], tuple[int, int]]
-) -> dict[str, dict[str, float]]:
+def _place(names: Sequence[str], step: int, windows: Windows, clock: Clock) -> dict[str, Any]:
+    """Where a position lies, and the windows around it."""
+    return {
+        "names": names,
+        "step": step,
+        "seconds": clock.seconds(step),
+        "legacy_token": clock.legacy_tokens(step),
+        "before": windows[0],
+        "after": windows[1],
+    }
+
+
+def _audio_around(trace: Trace, codec: MimiModel, windows: Windows) -> dict[str, dict[str, float]]:
     """Audio measures of all streams; both windows come from one stretch of sound."""
     clock, (first, stop) = trace.clock, (windows[0][0], windows[1][1])
     lead_steps = min(first, clock.steps(LEAD_SEC))
@@ -155,17 +158,13 @@ def cut_outs(quality: Mapping[str, Any], wav: np.ndarray, samples_per_step: int)
         Name, e.g. `2C` or `legacy_token_6000`, to [samples, channels].
     """
     return {
-        _tag(position["names"][0]): wav[
+        place_tag(position["names"][0]): wav[
             position["before"][0] * samples_per_step : position["after"][1] * samples_per_step
         ]
         for position in quality["positions"]
     }
 
 
-def _free_from(trace: Trace) -> int:
-    """First step after the prompt; 0 if all of the run was forced."""
-    return trace.prompt_steps if trace.prompt_steps < trace.text_tokens.shape[1] else 0
-
-
-def _tag(name: str) -> str:
+def place_tag(name: str) -> str:
+    """Name of a position as it stands in file names and TensorBoard tags."""
     return name.replace(" ", "_")

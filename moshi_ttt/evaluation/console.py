@@ -9,12 +9,13 @@ left out. Between two lines nothing is read from the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.quality import text_measures
 from moshi_ttt.errors import UserError
+from moshi_ttt.generation.observer import Observer
 from moshi_ttt.instruments.critical import Lengths, by_step, critical_steps
 from moshi_ttt.instruments.events import (
     Event,
@@ -36,6 +37,14 @@ def event_line(record: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={text}" for key, text in parts if text is not None)
 
 
+def log_events(
+    events: Iterable[Event], clock: Clock, write: Callable[[str], object] = print
+) -> None:
+    """One line an event; `write` takes each line."""
+    for event in events:
+        write(event_line(event.record(clock)))
+
+
 def _text(key: str, value: Any) -> str | None:
     if value is None:
         return None
@@ -48,7 +57,7 @@ def _text(key: str, value: Any) -> str | None:
     return str(value).replace(" ", "_")
 
 
-class ConsoleLog:
+class ConsoleLog(Observer):
     """Reports a running generation at every n-th step and at every critical position.
 
     Args:
@@ -88,10 +97,10 @@ class ConsoleLog:
         self._context_steps = context_steps
         self._read_to = 0
 
-    def after_step(self, step: int) -> None:
-        """Call after each generated step; reads and writes only when a line is due."""
+    def after_step(self, step: int, /) -> None:
+        """Reads and writes only when a line is due; the recorder has to be told first."""
         if step == 0:
-            self._emit(cache_events(self._recorder.rings, self._clock))
+            self._log(cache_events(self._recorder.rings, self._clock))
         turns = step >= self._context_steps and step % self._context_steps == 0
         names = self._positions.get(step, [])
         if not (names or turns or step % self._interval_steps == 0):
@@ -115,8 +124,7 @@ class ConsoleLog:
                 event.detail[f"text_{name}"] = sum(values) / len(values)
         # since the last line: one step alone is mostly noise
         event.detail["step_ms"] = float(block["step_ms"].mean())
-        self._emit([*events, event])
+        self._log([*events, event])
 
-    def _emit(self, events: Sequence[Event]) -> None:
-        for event in events:
-            self._write(event_line(event.record(self._clock)))
+    def _log(self, events: Iterable[Event]) -> None:
+        log_events(events, self._clock, self._write)

@@ -1,4 +1,17 @@
-"""Write the folder of one evaluation; `trace` says what it holds, `report.evaluation` reads it."""
+"""The folder of one evaluation, written and read here and nowhere else.
+
+    traces.npz                  every field of the `Trace`
+    events.jsonl                rings, critical positions and jumps, one event a line
+    nll.json                    teacher-forced loss by position, what `PositionNLL.record` gives
+    quality.json                text and sound around the positions, what `listening.listen` gives
+    probes.json                 recall of planted facts, if the recordings held any
+    audio/stream_00.wav         a whole stream: left Moshi, right the user
+    audio/stream_00_at_2C.wav   what is heard of it around one position
+    summary.json                what was run and what was found, with every scalar
+
+`summary.json` is written last: a folder that has it is complete. What is undefined is null. A run
+keeps its evaluations side by side in `RUN/longgen/`.
+"""
 
 from __future__ import annotations
 
@@ -13,63 +26,44 @@ from typing import IO, Any
 import numpy as np
 import soundfile
 
+from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import Jump
 from moshi_ttt.diagnosis.listening import cut_outs
 from moshi_ttt.errors import UserError
+from moshi_ttt.evaluation.judge import Judgement
 from moshi_ttt.files import write_atomic, write_json
 from moshi_ttt.instruments.events import generation_events, write_events
 from moshi_ttt.instruments.trace import Trace
-from moshi_ttt.teacher_forcing.recordings import TeacherForced
 
-
-def write_audio(
-    folder: Path, wavs: Sequence[np.ndarray], quality: Mapping[str, Any], trace: Trace
-) -> None:
-    """Whole streams, and what is heard around each position.
-
-    Args:
-        folder: of the evaluation; files go to `audio/`.
-        wavs: sound of the first streams, [samples, 2].
-        quality: what `listening.listen` returned.
-        trace: for its clock.
-    """
-    for stale in (folder / "audio").glob("stream_*_at_*.wav"):  # an earlier one's jumps
-        stale.unlink()
-    clock = trace.clock
-    for row, wav in enumerate(wavs):
-        files = {f"stream_{row:02d}": wav}
-        cuts = cut_outs(quality, wav, clock.samples_per_step)
-        files |= {f"stream_{row:02d}_at_{place}": cut for place, cut in cuts.items()}
-        for name, samples in files.items():
-            write = partial(_write_wav, wav=samples, sample_rate=clock.sample_rate)
-            write_atomic(folder / "audio" / f"{name}.wav", write)
-
-
-def _write_wav(file: IO[bytes], wav: np.ndarray, sample_rate: int) -> None:
-    soundfile.write(file, wav, sample_rate, format="WAV")
+EVENTS, NLL, QUALITY = "events.jsonl", "nll.json", "quality.json"
+PROBES, AUDIO, SUMMARY = "probes.json", "audio", "summary.json"
+CUT = "_at_"  # between the name of a stream and that of a position
 
 
 def write_folder(
-    folder: Path,
-    trace: Trace,
-    jumps: Sequence[Jump],
-    read: TeacherForced,
-    quality: Mapping[str, Any],
-    scalars: Mapping[str, float],
-    wall_sec: float,
+    folder: Path, trace: Trace, judged: Judgement, sound: Sequence[np.ndarray], wall_sec: float
 ) -> None:
-    """Everything but the audio; `summary.json` last, so that it marks a complete folder."""
+    """Write all of it; cut-outs and probes that an earlier evaluation left are removed.
+
+    Args:
+        folder: of the evaluation; made if it is not there.
+        trace: of the generation.
+        judged: what was found in it.
+        sound: the first streams, [samples, 2] each; none if the codes have no sound.
+        wall_sec: time that all of it took.
+    """
+    _write_audio(folder / AUDIO, sound, judged.quality, trace.clock)
     trace.save(folder)
-    events = generation_events(trace) + [jump.event() for jump in jumps]
+    events = generation_events(trace) + [jump.event() for jump in judged.jumps]
     events.sort(key=lambda event: event.step)
-    write_events(folder / "events.jsonl", events, trace.clock)
-    write_json(folder / "nll.json", read.nll)
-    write_json(folder / "quality.json", quality)
-    (folder / "probes.json").unlink(missing_ok=True)  # of an earlier evaluation
-    if read.recall is not None:
-        write_json(folder / "probes.json", read.recall)
+    write_events(folder / EVENTS, events, trace.clock)
+    write_json(folder / NLL, judged.read.nll)
+    write_json(folder / QUALITY, judged.quality)
+    (folder / PROBES).unlink(missing_ok=True)
+    if judged.read.recall is not None:
+        write_json(folder / PROBES, judged.read.recall)
     write_json(
-        folder / "summary.json",
+        folder / SUMMARY,
         {
             "label": trace.label,
             "source": trace.source,
@@ -78,12 +72,31 @@ def write_folder(
             "legacy_tokens": trace.clock.legacy_tokens(trace.steps),
             "streams": trace.streams,
             "wall_sec": wall_sec,
-            "steps_per_sec": scalars["longgen/steps_per_sec"],
-            "jumps": [jump.record(trace.clock) for jump in jumps],
+            "steps_per_sec": judged.scalars["longgen/steps_per_sec"],
+            "jumps": [jump.record(trace.clock) for jump in judged.jumps],
             "rings": [ring.record() for ring in trace.rings],
-            "scalars": scalars,
+            "scalars": judged.scalars,
         },
     )
+
+
+def _write_audio(
+    folder: Path, sound: Sequence[np.ndarray], quality: Mapping[str, Any], clock: Clock
+) -> None:
+    """Whole streams, and what is heard around each position."""
+    for stale in folder.glob(f"stream_*{CUT}*.wav"):  # an earlier evaluation's jumps
+        stale.unlink()
+    for row, wav in enumerate(sound):
+        name = f"stream_{row:02d}"
+        cuts = cut_outs(quality, wav, clock.samples_per_step)
+        files = {name: wav} | {f"{name}{CUT}{place}": cut for place, cut in cuts.items()}
+        for stem, samples in files.items():
+            write = partial(_write_wav, wav=samples, sample_rate=clock.sample_rate)
+            write_atomic(folder / f"{stem}.wav", write)
+
+
+def _write_wav(file: IO[bytes], wav: np.ndarray, sample_rate: int) -> None:
+    soundfile.write(file, wav, sample_rate, format="WAV")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +114,7 @@ class Evaluation:
         Raises:
             UserError: it is missing or not readable.
         """
-        return cls(folder, _read_json(folder / "summary.json"))
+        return cls(folder, _read_json(folder / SUMMARY))
 
     @property
     def label(self) -> str:
@@ -123,20 +136,18 @@ class Evaluation:
     @property
     def nll(self) -> dict[str, Any] | None:
         """Content of `nll.json`; None if there is none, or if it holds no window."""
-        path = self.folder / "nll.json"
-        nll = _read_json(path) if path.exists() else None
+        nll = self._content(NLL)
         return nll if nll and nll["start_step"] else None
 
     @property
     def recall(self) -> dict[str, Any] | None:
         """Content of `probes.json`; None if the recordings held no probes."""
-        path = self.folder / "probes.json"
-        return _read_json(path) if path.exists() else None
+        return self._content(PROBES)
 
     @property
     def events(self) -> list[dict[str, Any]]:
         """Lines of `events.jsonl`."""
-        path = self.folder / "events.jsonl"
+        path = self.folder / EVENTS
         if not path.exists():
             return []
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -144,20 +155,24 @@ class Evaluation:
     @property
     def quality(self) -> dict[str, Any]:
         """Content of `quality.json`."""
-        return _read_json(self.folder / "quality.json")
+        return _read_json(self.folder / QUALITY)
 
     @property
     def audio(self) -> list[Path]:
         """Generated sound files of whole streams, by name."""
-        return [path for path in self._sounds() if "_at_" not in path.stem]
+        return [path for path in self._sounds() if CUT not in path.stem]
 
     @property
     def cuts(self) -> list[Path]:
         """Sound around critical positions, cut out of the streams, by name."""
-        return [path for path in self._sounds() if "_at_" in path.stem]
+        return [path for path in self._sounds() if CUT in path.stem]
+
+    def _content(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        return _read_json(path) if path.exists() else None
 
     def _sounds(self) -> list[Path]:
-        return sorted((self.folder / "audio").glob("*.wav"))
+        return sorted((self.folder / AUDIO).glob("*.wav"))
 
     def trace(self) -> Trace:
         """Read the arrays."""
@@ -173,12 +188,12 @@ def find_evaluations(folder: Path) -> list[Evaluation]:
     Raises:
         UserError: there is none.
     """
-    if (folder / "summary.json").exists():
+    if (folder / SUMMARY).exists():
         return [Evaluation.load(folder)]
-    found = sorted(path.parent for path in (folder / "longgen").glob("*/summary.json"))
+    found = sorted(path.parent for path in (folder / "longgen").glob(f"*/{SUMMARY}"))
     if not found:
         raise UserError(
-            f"{folder} holds no finished long generation (no longgen/*/summary.json); "
+            f"{folder} holds no finished long generation (no longgen/*/{SUMMARY}); "
             "give a run folder, or an evaluation folder such as RUN/longgen/epoch_000"
         )
     return [Evaluation.load(path) for path in found]

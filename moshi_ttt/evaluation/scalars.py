@@ -8,75 +8,143 @@ from typing import Any
 
 import numpy as np
 
-from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump, _median, ratios_at
-from moshi_ttt.diagnosis.listening import _tag
+from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump, finite_median, ratios_at
+from moshi_ttt.diagnosis.listening import place_tag
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.rings import CacheSnapshot
+from moshi_ttt.rows import GROUPS
+from moshi_ttt.teacher_forcing.recordings import TeacherForced
+
+
+def evaluation_scalars(
+    trace: Trace,
+    jumps: Sequence[Jump],
+    read: TeacherForced,
+    quality: Mapping[str, Any],
+    *,
+    steps_per_sec: float,
+) -> dict[str, float]:
+    """All scalars of one evaluation.
+
+    Args:
+        trace: of the generation.
+        jumps: found in it.
+        read: what reading the held-out recordings gave.
+        quality: what `listening.listen` returned.
+        steps_per_sec: speed of the generation.
+    """
+    scalars = position_summary(trace, jumps) | nll_scalars(read.nll)
+    if read.recall is not None:
+        scalars |= recall_scalars(read.recall)
+    return scalars | quality_scalars(quality) | {"longgen/steps_per_sec": steps_per_sec}
 
 
 def position_summary(
     trace: Trace, jumps: Sequence[Jump], *, window_steps: int = 50
 ) -> dict[str, float]:
     """Flat TensorBoard scalars of one generation; medians over streams, NaN where undefined."""
-    nan = math.nan
-    scalars: dict[str, float] = {}
     # a run that is forced throughout has no part of its own; all of it is looked at
-    prompt_steps = trace.prompt_steps if trace.prompt_steps < trace.steps else 0
-    first = max(prompt_steps, SETTLE_STEPS)
+    first = max(trace.free_from, SETTLE_STEPS)
+    return {
+        **_norms(trace, first, window_steps),
+        **_largest_jump(trace, jumps),
+        **_memory(trace, first),
+        **_entropies(trace, first, window_steps),
+        **_ring(trace),
+    }
 
-    def level(series: np.ndarray, start: int) -> float:
-        """Median over streams of the median of one window; series [S, T]."""
-        if start < 0 or start + window_steps > series.shape[-1]:
-            return nan
-        return _median(np.median(series[:, start : start + window_steps], axis=-1))
 
-    end = trace.steps - window_steps
+def _level(series: np.ndarray, start: int, window_steps: int) -> float:
+    """Median over streams of the median of one window; series [S, T]."""
+    if start < 0 or start + window_steps > series.shape[-1]:
+        return math.nan
+    return finite_median(np.median(series[:, start : start + window_steps], axis=-1))
+
+
+def _norms(trace: Trace, first: int, window_steps: int) -> dict[str, float]:
+    """Input norms after the prompt and at the end, and around the turns of the ring."""
+    scalars: dict[str, float] = {}
     for layer in range(trace.input_norm.shape[1]):
         norm = trace.input_norm[:, layer]
+        start = _level(norm, first, window_steps)
+        end = _level(norm, trace.steps - window_steps, window_steps)
         tag = f"longgen/input_norm/layer_{layer:02d}"
-        scalars[f"{tag}/start"] = level(norm, first)
-        scalars[f"{tag}/end"] = level(norm, end)
-        scalars[f"{tag}/growth"] = scalars[f"{tag}/end"] / scalars[f"{tag}/start"]
+        scalars |= {f"{tag}/start": start, f"{tag}/end": end, f"{tag}/growth": end / start}
     for name, turns in (("C", 1), ("2C", 2)):
         ratios = ratios_at(trace, turns * trace.context_steps, window_steps=window_steps)
         for layer, ratio in enumerate(ratios):
             scalars[f"longgen/ratio_at_{name}/layer_{layer:02d}"] = float(ratio)
+    return scalars
 
-    scalars["longgen/jump/count"] = float(len(jumps))
-    largest = max(jumps, key=lambda jump: jump.ratio, default=None)
-    step = nan if largest is None else float(largest.step)
-    scalars["longgen/jump/step"] = step
-    scalars["longgen/jump/seconds"] = trace.clock.seconds(step)
-    scalars["longgen/jump/legacy_token"] = (
-        step if largest is None else float(trace.clock.legacy_tokens(step))
-    )
-    scalars["longgen/jump/ratio"] = step if largest is None else largest.ratio
-    if largest is not None:
-        for layer, ratio in zip(largest.layers, largest.layer_ratios, strict=True):
-            scalars[f"longgen/jump/ratio/layer_{layer:02d}"] = ratio
 
+def _largest_jump(trace: Trace, jumps: Sequence[Jump]) -> dict[str, float]:
+    """How many jumps there are; where and how large the largest is."""
+    count = {"longgen/jump/count": float(len(jumps))}
+    if not jumps:
+        undefined = ("step", "seconds", "legacy_token", "ratio")
+        return count | {f"longgen/jump/{name}": math.nan for name in undefined}
+    largest = max(jumps, key=lambda jump: jump.ratio)
+    layers = zip(largest.layers, largest.layer_ratios, strict=True)
+    return count | {
+        "longgen/jump/step": float(largest.step),
+        "longgen/jump/seconds": trace.clock.seconds(largest.step),
+        "longgen/jump/legacy_token": float(trace.clock.legacy_tokens(largest.step)),
+        "longgen/jump/ratio": largest.ratio,
+        **{f"longgen/jump/ratio/layer_{layer:02d}": ratio for layer, ratio in layers},
+    }
+
+
+def _memory(trace: Trace, first: int) -> dict[str, float]:
+    """What each memory adds, from step `first` on, and its inner updates at the end."""
+    scalars: dict[str, float] = {}
+    arrays = {
+        "branch_ratio": trace.branch_ratio,
+        "raw_norm": trace.branch_raw_norm,
+        "gate": trace.gate,
+    }
     for index, layer in enumerate(trace.hybrid_layers):
-        for name, array in (
-            ("branch_ratio", trace.branch_ratio),
-            ("raw_norm", trace.branch_raw_norm),
-            ("gate", trace.gate),
-        ):
+        for name, array in arrays.items():
             # the part that the model generates by itself
-            scalars[f"memory/{name}/layer_{layer:02d}"] = _median(array[:, index, first:])
-        scalars[f"memory/inner_updates/layer_{layer:02d}"] = _median(
-            trace.inner_updates[:, index, -1]
-        )
-    for name, entropy in (("text", trace.text_entropy), ("audio", trace.audio_entropy)):
-        scalars[f"longgen/entropy/{name}/start"] = level(entropy, first)
-        scalars[f"longgen/entropy/{name}/end"] = level(entropy, end)
+            scalars[f"memory/{name}/layer_{layer:02d}"] = finite_median(array[:, index, first:])
+        updates = trace.inner_updates[:, index, -1]
+        scalars[f"memory/inner_updates/layer_{layer:02d}"] = finite_median(updates)
+    return scalars
 
+
+def _entropies(trace: Trace, first: int, window_steps: int) -> dict[str, float]:
+    """Entropy of the predictions after the prompt and at the end."""
+    scalars: dict[str, float] = {}
+    for name, entropy in (("text", trace.text_entropy), ("audio", trace.audio_entropy)):
+        tag = f"longgen/entropy/{name}"
+        scalars[f"{tag}/start"] = _level(entropy, first, window_steps)
+        scalars[f"{tag}/end"] = _level(entropy, trace.steps - window_steps, window_steps)
+    return scalars
+
+
+def _ring(trace: Trace) -> dict[str, float]:
+    """What the temporal rings have lost at the end."""
     written = trace.ring_end_offset[..., -1]
     written = written[np.isfinite(written)]
-    ring = (
-        CacheSnapshot("temporal", int(written.max()), trace.context_steps) if written.size else None
-    )
-    scalars["cache/evicted_steps"] = nan if ring is None else float(ring.evicted_steps)
-    scalars["cache/wraps"] = nan if ring is None else float(ring.wraps)
+    if not written.size:
+        return {"cache/evicted_steps": math.nan, "cache/wraps": math.nan}
+    ring = CacheSnapshot("temporal", int(written.max()), trace.context_steps)
+    return {"cache/evicted_steps": float(ring.evicted_steps), "cache/wraps": float(ring.wraps)}
+
+
+def nll_scalars(nll: Mapping[str, Any]) -> dict[str, float]:
+    """First, last and mean window of the teacher-forced loss, in nats; none where none is defined.
+
+    Args:
+        nll: content of `nll.json`.
+    """
+    scalars: dict[str, float] = {}
+    for group in GROUPS:
+        values = [value for value in nll[group] if value == value]  # NaN is undefined
+        if values:
+            tag = f"longgen/nll/{group}"
+            scalars[f"{tag}/first_window"] = values[0]
+            scalars[f"{tag}/last_window"] = values[-1]
+            scalars[f"{tag}/mean"] = sum(values) / len(values)
     return scalars
 
 
@@ -85,7 +153,7 @@ def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:
     scalars = {f"longgen/quality/{name}/whole": value for name, value in quality["whole"].items()}
     for position in quality["positions"]:
         for name, measure in position["measures"].items():
-            for place in map(_tag, position["names"]):
+            for place in map(place_tag, position["names"]):
                 scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
     return scalars
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from moshi.models.lm import LMGen, LMModel
 from torch import Tensor
 
-from moshi_ttt.instruments.recorder import Recorder
+from moshi_ttt.generation.observer import Observer
 from moshi_ttt.rows import TEXT_ROW, Rows
 
 
@@ -48,8 +48,7 @@ def generate(
     text_temperature: float = 0.7,
     top_k: int = 250,
     top_k_text: int = 25,
-    recorder: Recorder | None = None,
-    on_step: Callable[[int], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Tensor:
     """Force a prompt, then let the model run free against a given user.
 
@@ -65,55 +64,59 @@ def generate(
         text_temperature: of text sampling.
         top_k: of audio sampling.
         top_k_text: of text sampling.
-        recorder: attached for the whole run.
-        on_step: called with each finished step, e.g. to move a progress bar.
+        observers: watch the whole run; after each step they are called in this order.
 
     Returns:
         [S, K_spoken, T - 1] text and own codes, delays undone.
-
-    Raises:
-        RuntimeError: the recorder saw another number of steps than were generated.
     """
     streams, _, steps = user.shape
-    prompt, user = prompt.to(lm.device), user.to(lm.device)
-    own = Rows.of(lm).own
-    delays, prompted = lm.delays[own], prompt[:, own]
-    step = 0
-
-    def force_text(text_token: Tensor) -> None:
-        if step < prompt.shape[-1]:
-            forced = prompt[:, TEXT_ROW, step]
-            text_token.copy_(torch.where(forced >= 0, forced, text_token))
-
-    def force_audio(audio_tokens: Tensor) -> None:
-        for codebook, delay in enumerate(delays):
-            if 0 <= step - delay < prompt.shape[-1]:
-                forced = prompted[:, codebook, step - delay]
-                sampled = audio_tokens[:, codebook]
-                audio_tokens[:, codebook] = torch.where(forced >= 0, forced, sampled)
-
+    user = user.to(lm.device)
+    forcing = _Forcing(lm, prompt)
     lm_gen = LMGen(
         lm,
         temp=temperature,
         temp_text=text_temperature,
         top_k=top_k,
         top_k_text=top_k_text,
-        on_text_hook=force_text,
-        on_audio_hook=force_audio,
+        on_text_hook=forcing.force_text,
+        on_audio_hook=forcing.force_audio,
     )
     frames: list[Tensor] = []
     with ExitStack() as scope:
         scope.enter_context(lm_gen.streaming(streams))
-        if recorder is not None:
-            scope.enter_context(recorder.attached())
+        for observer in observers:
+            scope.enter_context(observer.attached())
         for step in range(steps):
+            forcing.step = step
             frame = lm_gen.step(user[:, :, max(0, step - 1), None])
             if frame is not None:
                 frames.append(frame.clone())
-            if recorder is not None:
-                recorder.after_step(step)
-            if on_step is not None:
-                on_step(step)
-        if recorder is not None:
-            recorder.finish(steps)
+            for observer in observers:
+                observer.after_step(step)
+        for observer in observers:
+            observer.finish(steps)
     return torch.cat(frames, dim=-1)
+
+
+class _Forcing:
+    """Writes the prompt over what was sampled; `LMGen` calls it between its graphs."""
+
+    def __init__(self, lm: LMModel, prompt: Tensor) -> None:
+        self.step = 0
+        self._prompt = prompt.to(lm.device)  # [S, K, P]
+        own = Rows.of(lm).own
+        self._own, self._delays = self._prompt[:, own], lm.delays[own]
+
+    def force_text(self, text_token: Tensor) -> None:
+        """Text tokens [S] of the frame of this step."""
+        if self.step < self._prompt.shape[-1]:
+            forced = self._prompt[:, TEXT_ROW, self.step]
+            text_token.copy_(torch.where(forced >= 0, forced, text_token))
+
+    def force_audio(self, audio_tokens: Tensor) -> None:
+        """Own codes [S, dep_q], each codebook of the frame that its delay leaves."""
+        for codebook, delay in enumerate(self._delays):
+            if 0 <= self.step - delay < self._prompt.shape[-1]:
+                forced = self._own[:, codebook, self.step - delay]
+                sampled = audio_tokens[:, codebook]
+                audio_tokens[:, codebook] = torch.where(forced >= 0, forced, sampled)

@@ -1,16 +1,26 @@
-"""Where in the recordings a generation starts."""
+"""Where in the recordings a generation starts, and the streams that start there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
+from moshi_ttt.generation.users import user_codes
+from moshi_ttt.rows import Rows
+
+Start = tuple[EncodedRecording, int]
+"""A recording, and the step of it that a generation begins with."""
 
 
 def choose_prompts(
     recordings: Sequence[EncodedRecording], prompts: int, prompt_steps: int
-) -> list[tuple[EncodedRecording, int]]:
+) -> list[Start]:
     """Starting points: round robin over the recordings, then evenly spaced within each.
 
     Raises:
@@ -29,3 +39,58 @@ def choose_prompts(
         room = recording.steps - prompt_steps
         starts.append((recording, room * (number // len(usable)) // rounds))
     return starts
+
+
+def cut_recordings(starts: Sequence[Start], steps: int) -> Tensor:
+    """Codes from each start on, [P, K, steps]; what a recording lacks at its end is -1."""
+    rows = []
+    for recording, start in starts:
+        piece = recording.codes[:, start : start + steps]
+        missing = steps - piece.shape[-1]
+        rows.append(torch.nn.functional.pad(piece, (0, missing), value=-1))
+    return torch.stack(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the S streams of one generation are given."""
+
+    prompt: Tensor  # [S, K, P] forced codes
+    user: Tensor  # [S, K_user, T] what the user says, prompt included
+    names: list[str]  # of the S streams
+
+
+def seeded_batch(
+    starts: Sequence[Start],
+    silence: Tensor,
+    clock: Clock,
+    *,
+    steps: int,
+    prompt_steps: int,
+    seeds: int,
+    rows: Rows,
+    silent_user: bool = False,
+) -> Batch:
+    """Every start as many times as there are seeds, side by side.
+
+    Args:
+        starts: what `choose_prompts` gave.
+        silence: what `silence_codes` gave, [K_user, 1].
+        clock: of the recordings.
+        steps: length T.
+        prompt_steps: forced steps P.
+        seeds: continuations of each start.
+        rows: which of the codes are the user's.
+        silent_user: nothing is heard after the prompt; otherwise silence follows the recording.
+    """
+    codes = cut_recordings(starts, steps)
+    user = user_codes(codes, silence, rows, silent_from=prompt_steps if silent_user else None)
+    return Batch(
+        codes[..., :prompt_steps].repeat_interleave(seeds, dim=0),
+        user.repeat_interleave(seeds, dim=0),
+        [
+            f"{recording.name} from {clock.seconds(start):.0f} s, seed {seed}"
+            for recording, start in starts
+            for seed in range(seeds)
+        ],
+    )

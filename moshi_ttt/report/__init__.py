@@ -1,6 +1,6 @@
 """What people look at: one self-contained HTML page a run, made from evaluation folders.
 
-`evaluation` reads a folder, `figures`, `recall` and `overlays` draw it, `text` says it in words,
+`evaluation.folder` reads them; `figures`, `recall` and `overlays` draw, `text` says it in words,
 `pages` puts the page together.
 """
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.signal import spectrogram
 
 from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump
+from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.inside import inside_figures
 from moshi_ttt.report.recall import Recall, gap_positions, recall_figure
@@ -59,9 +60,21 @@ def pixels(figure: Figure) -> np.ndarray:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
+    return png_of(pixels(figure))
+
+
+def png_of(picture: np.ndarray) -> bytes:
+    """What `pixels` gave as a PNG file."""
     buffer = io.BytesIO()
-    imsave(buffer, pixels(figure), format="png")
+    imsave(buffer, picture, format="png")
     return buffer.getvalue()
+
+
+def evaluation_pictures(evaluation: Evaluation, trace: Trace) -> dict[str, np.ndarray]:
+    """Every figure of one evaluation by name, as `pixels` gives it."""
+    audio = next(iter(evaluation.audio), None)
+    figures = evaluation_figures(trace, evaluation.jumps, evaluation.nll, evaluation.recall, audio)
+    return {name: pixels(figure) for name, figure in figures.items()}
 
 
 def evaluation_figures(
@@ -126,9 +139,7 @@ def heat_map_figure(trace: Trace, jumps: Sequence[Jump]) -> Figure:
     layers, steps = trace.input_norm.shape[1:]
     figure = Figure(figsize=(10, 3.2 + min(3.0, 0.12 * layers)))
     axes = figure.add_subplot()
-    # a run that was forced throughout has nothing after its prompt
-    prompt_steps = trace.prompt_steps if trace.prompt_steps < steps else 0
-    first = min(max(prompt_steps, SETTLE_STEPS), steps - 1)
+    first = min(max(trace.free_from, SETTLE_STEPS), steps - 1)
     curves = np.stack([middle(trace.input_norm[:, layer]) for layer in range(layers)])
     with np.errstate(divide="ignore", invalid="ignore"):
         octaves = np.log2(curves / np.median(curves[:, first : first + 50], axis=-1, keepdims=True))

@@ -20,7 +20,7 @@ from moshi_ttt.instruments.critical import WHY
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section
-from moshi_ttt.report.figures import evaluation_figures, png
+from moshi_ttt.report.figures import evaluation_pictures, png, png_of
 from moshi_ttt.report.overlays import comparison_figures
 from moshi_ttt.report.recall import recall_finding
 from moshi_ttt.report.style import MAX_CURVES
@@ -36,12 +36,15 @@ from moshi_ttt.report.text import (
 PLAYED_CLIPS = 2
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(
+    run_folder: Path, drawn: Mapping[Path, Mapping[str, np.ndarray]] | None = None
+) -> Path:
     """Write `report.html` about every finished evaluation of a run.
 
     Args:
         run_folder: holds `longgen/*/`, and `config.yaml` if it was a training run; one evaluation
             folder by itself is accepted too.
+        drawn: evaluation folder to what `evaluation_pictures` gave, to save drawing it again.
 
     Returns:
         The report.
@@ -66,7 +69,7 @@ def write_report(run_folder: Path) -> Path:
         "<h2>All evaluations of this run</h2>",
         _evaluations_table(labels, evaluations),
         f"<h2>The latest evaluation: {html.escape(labels[-1])}</h2>",
-        *_evaluation_figures(latest, trace),
+        *_evaluation_figures(latest, trace, (drawn or {}).get(latest.folder)),
     ]
     if len(evaluations) > 1:
         body += ["<h2>Across the evaluations</h2>", *_comparison(traces, dict(shown))]
@@ -246,12 +249,14 @@ def _evaluations_table(labels: Sequence[str], evaluations: Sequence[Evaluation])
     return html.table(header, rows) + html.paragraph(note, kind="note")
 
 
-def _evaluation_figures(evaluation: Evaluation, trace: Trace) -> list[str]:
-    audio = next(iter(evaluation.audio), None)
-    figures = evaluation_figures(trace, evaluation.jumps, evaluation.nll, evaluation.recall, audio)
+def _evaluation_figures(
+    evaluation: Evaluation, trace: Trace, pictures: Mapping[str, np.ndarray] | None
+) -> list[str]:
+    if pictures is None:
+        pictures = evaluation_pictures(evaluation, trace)
     return [
-        html.figure(png(figure), CAPTIONS[name], f"{trace.label}: {name}")
-        for name, figure in figures.items()
+        html.figure(png_of(picture), CAPTIONS[name], f"{trace.label}: {name}")
+        for name, picture in pictures.items()
     ]
 
 

@@ -87,7 +87,7 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
     """What one generation shows, as sentences."""
     lines = []
     clock, critical = trace.clock, trace.critical_steps()
-    if trace.prompt_steps >= trace.steps:
+    if trace.prompt_steps and not trace.free_from:
         lines.append("Nothing was generated: recordings were fed in throughout (teacher-forced).")
     if not jumps:
         lines.append(
@@ -113,9 +113,7 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
             step = trace.context_steps * (1 if name == "C" else 2)
             lines.append(f"{name}, {clock.describe(step)}, lies beyond the end of this run.")
     if trace.hybrid_layers:
-        free_from = trace.prompt_steps if trace.prompt_steps < trace.steps else 0
-        free = trace.branch_ratio[..., free_from:]
-        per_layer = np.median(free, axis=(0, 2))
+        per_layer = np.median(trace.branch_ratio[..., trace.free_from :], axis=(0, 2))
         top = int(np.argmax(per_layer))
         lines.append(
             f"The memory adds {per_layer[top]:.2%} of the residual's norm in layer "

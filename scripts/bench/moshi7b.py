@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.generation.observer import EachStep, Observer
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.memory.config import RULES, Rule
@@ -94,8 +95,9 @@ def generation(rule: Rule | None, recorded: bool) -> float:
             at.append(time.perf_counter())
 
     with borrowed(lm, 0):
-        recorder = Recorder(lm, STREAMS, GENERATED_STEPS) if recorded else None
-        generate(lm, prompt[:, :, :10], prompt[:, 9:], recorder=recorder, on_step=clock)
+        recorders = [Recorder(lm, STREAMS, GENERATED_STEPS)] if recorded else []
+        watching: list[Observer] = [*recorders, EachStep(clock)]
+        generate(lm, prompt[:, :, :10], prompt[:, 9:], observers=watching)
     return 1000 * (at[1] - at[0]) / (GENERATED_STEPS - 1 - 50)
 
 

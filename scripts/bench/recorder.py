@@ -20,6 +20,7 @@ from moshi.models.lm import LMModel
 
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.generation.observer import EachStep, Observer
 from moshi_ttt.instruments.attention_mass import AttentionWatch
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
@@ -107,8 +108,10 @@ def _step_ms(lm: LMModel, codes: torch.Tensor, recorder: Recorder | None) -> flo
             at.append(time.perf_counter())
 
     gc.collect()  # moshi's streaming modules and their graphs hold themselves in cycles
+    observers: list[Observer] = [] if recorder is None else [recorder]
     with borrowed(lm, 0):
-        generate(lm, codes[:, :, :10], codes[:, Rows.of(lm).user], recorder=recorder, on_step=clock)
+        user = codes[:, Rows.of(lm).user]
+        generate(lm, codes[:, :, :10], user, observers=[*observers, EachStep(clock)])
     return 1000 * (at[1] - at[0]) / (codes.shape[-1] - 1 - SKIPPED_STEPS)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from callbacks.tensorboard import log_evaluation
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import write_json
+from moshi_ttt.report import write_report
 
 
 def logged(folder: Path, logs: Path) -> EventAccumulator:
@@ -48,6 +50,25 @@ def test_sound_around_the_positions_is_logged_too(tmp_path: Path) -> None:
     whole.with_name("stream_00_at_2C.wav").write_bytes(whole.read_bytes())
     tags = logged(tmp_path / "run", tmp_path / "logs").Tags()
     assert set(tags["audio"]) == {"longgen/audio/stream_00", "longgen/audio/stream_00_at_2C"}
+
+
+def images(page: Path) -> list[str]:
+    found = re.findall(r"<img[^>]*>", page.read_text())
+    assert len(found) == 6
+    return found
+
+
+def test_the_report_shows_the_figures_that_were_logged_without_drawing_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "longgen/epoch_001"
+    write_evaluation(folder, make_trace(jump_at=763))
+    drawn_anew = images(write_report(tmp_path))
+    with SummaryWriter(str(tmp_path / "logs")) as writer:
+        pictures = log_evaluation(writer, folder, 17)
+    # would fail if it were called
+    monkeypatch.setattr("moshi_ttt.report.pages.evaluation_pictures", None)
+    assert images(write_report(tmp_path, {folder: pictures})) == drawn_anew
 
 
 def test_undefined_scalars_and_missing_parts_are_skipped(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
-from moshi_ttt.generation.prompts import choose_prompts
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers
@@ -199,20 +198,6 @@ def test_recordings_that_another_run_has_read_are_not_read_again(
     scalars = evaluate(lm, source, [one], run, tmp_path, label="", trained_steps=None, read=read)
     assert scalars["longgen/nll/text/mean"] == read.nll["text"][0]
     assert json.loads((tmp_path / "nll.json").read_text()) == read.nll
-
-
-def test_prompts_go_round_the_recordings_and_then_along_them() -> None:
-    long, short = recording("long", 110), recording("short", 60)
-    starts = choose_prompts([long, recording("tiny", 5), short], 4, prompt_steps=10)
-    assert [(one.name, start) for one, start in starts] == [
-        ("long", 0),
-        ("short", 0),
-        ("long", 50),
-        ("short", 25),
-    ]
-    with pytest.raises(UserError, match=r"no held-out recording.*prompt_sec"):
-        choose_prompts([short], 1, prompt_steps=61)
-    assert choose_prompts([short], 2, prompt_steps=60) == [(short, 0)] * 2
 
 
 @pytest.mark.parametrize(

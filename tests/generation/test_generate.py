@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from lm_fakes import STEPS, STREAMS, MakeLM, hybrid, random_codes
@@ -9,6 +12,7 @@ from moshi.models.lm import LMModel
 from torch import Tensor
 
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.generation.observer import EachStep, Observer
 from moshi_ttt.instruments.attention_mass import no_looks
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.model.hybrid import hybrid_layers
@@ -17,7 +21,7 @@ from moshi_ttt.model.hybrid import hybrid_layers
 def run(lm: LMModel, codes: Tensor, forced_steps: int, seed: int = 0) -> tuple[Tensor, Recorder]:
     with borrowed(lm, seed):
         recorder = Recorder(lm, STREAMS, STEPS)
-        tokens = generate(lm, codes[:, :, :forced_steps], codes[:, 9:], recorder=recorder)
+        tokens = generate(lm, codes[:, :, :forced_steps], codes[:, 9:], observers=[recorder])
     return tokens, recorder
 
 
@@ -146,7 +150,7 @@ def test_hooks_leave_with_their_scope_even_after_an_error(make_lm: MakeLM) -> No
 
     codes, recorder = random_codes(), Recorder(lm, STREAMS, STEPS)
     with pytest.raises(KeyboardInterrupt), borrowed(lm, 0):
-        generate(lm, codes[:, :, :2], codes[:, 9:], recorder=recorder, on_step=stop)
+        generate(lm, codes[:, :, :2], codes[:, 9:], observers=[recorder, EachStep(stop)])
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.modules()] == before
     assert all(layer.branch.observer is None for layer in hybrid_layers(lm).values())
     assert not any(getattr(module, "is_streaming", False) for module in lm.modules())
@@ -178,3 +182,46 @@ def test_equal_seeds_generate_equally_and_others_do_not(make_lm: MakeLM) -> None
     other, _ = run(lm, codes, forced_steps=4, seed=1)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+class Watcher(Observer):
+    def __init__(self, name: str, calls: list[tuple[str, str, int]]) -> None:
+        self.name, self.calls = name, calls
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        self.calls.append((self.name, "attached", -1))
+        yield
+        self.calls.append((self.name, "detached", -1))
+
+    def after_step(self, step: int, /) -> None:
+        self.calls.append((self.name, "step", step))
+
+    def finish(self, steps: int, /) -> None:
+        self.calls.append((self.name, "finish", steps))
+
+
+def test_observers_are_called_in_their_order_at_every_step(make_lm: MakeLM) -> None:
+    lm, codes = make_lm().eval(), random_codes(3)
+    calls: list[tuple[str, str, int]] = []
+    each = EachStep(lambda step: calls.append(("each", "step", step)))
+    with borrowed(lm, 0):
+        generate(
+            lm, codes, codes[:, 9:], observers=[Watcher("a", calls), each, Watcher("b", calls)]
+        )
+    steps = [(name, "step", step) for step in range(3) for name in ("a", "each", "b")]
+    assert calls == [
+        ("a", "attached", -1),
+        ("b", "attached", -1),
+        *steps,
+        ("a", "finish", 3),
+        ("b", "finish", 3),
+        ("b", "detached", -1),
+        ("a", "detached", -1),
+    ]
+
+
+def test_a_recorder_is_an_observer_by_its_shape_alone(make_lm: MakeLM) -> None:
+    recorder: Observer = Recorder(make_lm().eval(), STREAMS, STEPS)
+    assert Observer not in type(recorder).__mro__
+    assert all(hasattr(recorder, name) for name in ("attached", "after_step", "finish"))

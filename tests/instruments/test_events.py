@@ -169,9 +169,7 @@ def run_with_log(make_lm: Callable[..., LMModel], interval_steps: int) -> tuple[
             write=lines.append,
             prompt_steps=5,
         )
-        tokens = generate(
-            lm, codes[:, :, :5], codes[:, 9:], recorder=recorder, on_step=log.after_step
-        )
+        tokens = generate(lm, codes[:, :, :5], codes[:, 9:], observers=[recorder, log])
     trace = Trace(
         label="run",
         source="test",

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.generation.observer import EachStep
 from moshi_ttt.instruments.attention_mass import AttentionWatch
 from moshi_ttt.instruments.memory_watch import FAST_WEIGHT_STRIDE
 from moshi_ttt.instruments.recorder import Recorder
@@ -27,7 +28,7 @@ def forced(lm: LMModel, attention: AttentionWatch | None = None) -> Recorder:
     codes = random_codes()
     with borrowed(lm, 0):
         recorder = Recorder(lm, STREAMS, STEPS, attention)
-        generate(lm, codes, codes[:, 9:], recorder=recorder)
+        generate(lm, codes, codes[:, 9:], observers=[recorder])
     return recorder
 
 
@@ -117,7 +118,7 @@ def test_fast_weight_norm_is_that_of_the_state_and_is_held_between_looks(
 
     with borrowed(lm, 0):
         recorder = Recorder(lm, STREAMS, STEPS)
-        generate(lm, codes, codes[:, 9:], recorder=recorder, on_step=look)
+        generate(lm, codes, codes[:, 9:], observers=[recorder, EachStep(look)])
     looked = torch.arange(STEPS) // FAST_WEIGHT_STRIDE * FAST_WEIGHT_STRIDE
     norms = recorder.arrays()["fast_weight_norm"][:, 1]
     close(norms, torch.stack(expected, dim=1)[:, looked])
@@ -200,7 +201,7 @@ def test_a_model_generates_the_same_after_recording_stopped_with_an_error(
     before, weights = plain(), {name: value.clone() for name, value in lm.state_dict().items()}
     recorder = Recorder(lm, STREAMS, STEPS, AttentionWatch([0, 1], 3))
     with pytest.raises(KeyboardInterrupt), borrowed(lm, 0):
-        generate(lm, codes[:, :, :4], codes[:, 9:], recorder=recorder, on_step=stop)
+        generate(lm, codes[:, :, :4], codes[:, 9:], observers=[recorder, EachStep(stop)])
     assert torch.equal(plain(), before)
     assert all(torch.equal(value, weights[name]) for name, value in lm.state_dict().items())
 

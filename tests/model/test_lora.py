@@ -94,7 +94,7 @@ def test_streaming_equals_training_forward_with_open_adapters_and_memory(make_lm
         logits = lm(codes()).text_logits[:, 0].log_softmax(-1)
     with borrowed(lm, 0):
         recorder = Recorder(lm, 1, STEPS)
-        generate(lm, codes(), codes()[:, 9:], recorder=recorder)
+        generate(lm, codes(), codes()[:, 9:], observers=[recorder])
     recorded = torch.from_numpy(recorder.arrays()["text_entropy"])
     torch.testing.assert_close(recorded, -(logits.exp() * logits).sum(-1), atol=1e-5, rtol=1e-5)
 

@@ -135,7 +135,7 @@ def tokens_and_norms(lm: LMModel, steps: int = 40) -> tuple[Tensor, Any]:
     codes = torch.randint(0, 16, (2, 17, steps), generator=torch.Generator().manual_seed(1))
     with borrowed(lm, 0):
         recorder = Recorder(lm, 2, steps)
-        tokens = generate(lm, codes[:, :, :12], codes[:, 9:], recorder=recorder)
+        tokens = generate(lm, codes[:, :, :12], codes[:, 9:], observers=[recorder])
     return tokens, recorder.arrays()["input_norm"]
 
 
@@ -231,7 +231,7 @@ def test_sinks_in_a_cuda_graph_equal_eager_ones(make_lm: MakeLM) -> None:
     def norms() -> Tensor:
         with borrowed(lm, 0):
             recorder = Recorder(lm, 2, 40)
-            generate(lm, codes, codes[:, 9:], recorder=recorder)
+            generate(lm, codes, codes[:, 9:], observers=[recorder])
         return torch.from_numpy(recorder.arrays()["input_norm"])
 
     graphed = norms()

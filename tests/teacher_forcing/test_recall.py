@@ -115,8 +115,8 @@ def test_a_recording_is_read_on_to_its_last_probe_but_not_without_end(
     assert probed.recall is not None
     assert probed.recall["words"] == [1]
     assert probed.nll["start_step"] == plain.nll["start_step"] == [0, 15]
-    for stream in ("text", "first_codebook"):
-        assert probed.nll[stream] == pytest.approx(plain.nll[stream], rel=1e-5)
+    for group in ("text", "first_codebook"):
+        assert probed.nll[group] == pytest.approx(plain.nll[group], rel=1e-5)
     # against the text logits themselves
     codes = random_recording(80, ()).codes[None, :, :50]
     with torch.no_grad():

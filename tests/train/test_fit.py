@@ -146,7 +146,7 @@ def test_training_with_and_without_long_generation_gives_identical_weights(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # pages and figures are drawn from files, and take ten times as long as the rest
-    monkeypatch.setattr("callbacks.long_generation.write_report", lambda _: None)
+    monkeypatch.setattr("callbacks.long_generation.write_report", lambda *_: None)
     monkeypatch.setattr("callbacks.long_generation.log_evaluation", lambda *_: None)
     # dropout makes the weights depend on the random state, which the callback must restore
     lora = ["--model.train=memory+lora", "--model.lora.rank=2", "--model.lora.dropout=0.5"]
