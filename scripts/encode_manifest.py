@@ -1,26 +1,27 @@
 """Encode the recordings of a manifest into codes files, about 1 MB an hour.
 
     python scripts/encode_manifest.py my.jsonl codes/train
-    python scripts/encode_manifest.py held_out.jsonl codes/held_out --with-words
+    python scripts/encode_manifest.py held_out.jsonl codes/held_out --with_words
 
 Writes OUT/NAME.npz for every recording and OUT/manifest.jsonl, which trains like the manifest of
 the audio, without audio and without encoding. Run again it goes on where it stopped; recordings
-that changed, or another model, are encoded again.
+that changed, or another model, are encoded again. Codec and tokenizer are those of `--model`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from moshi_ttt.command_line import add_cache_dir, add_model, parse, program_parser
 from moshi_ttt.data import (
     CodesFormat,
     ManifestEntry,
@@ -29,55 +30,30 @@ from moshi_ttt.data import (
     read_manifest,
 )
 from moshi_ttt.data.codes_file import CODES_SUFFIX, read_codes, write_codes, written_from
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_bytes
-from moshi_ttt.model.source import ModelSource, open_source
+from moshi_ttt.model.source import TINY, ModelSource, open_source
 
 BATCH_SEC = 3600.0  # encoded with one load of the codec, then written
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str] | None = None) -> None:
     """Encode as the command line says.
 
-    Returns:
-        The exit status: 0, or 2 for a manifest that cannot be used.
+    Raises:
+        UserError: the manifest cannot be used, or there is no such model.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parse(_parser(), args)
+    encode_manifest(
+        options.manifest,
+        options.out,
+        open_source(options.model),
+        options.cache_dir,
+        with_words=options.with_words,
+        hours=options.hours,
     )
-    parser.add_argument("manifest", type=Path, help="recordings to encode")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument(
-        "--model", default="tiny", help="whose codec and tokenizer: tiny, a folder or a hub id"
-    )
-    parser.add_argument(
-        "--with-words",
-        action="store_true",
-        help="copy the JSON beside each recording too: alignments, and the probes of held-out sets",
-    )
-    parser.add_argument(
-        "--hours", type=float, help="only the first recordings, as many as fit into it"
-    )
-    parser.add_argument(
-        "--cache_dir", type=Path, default=Path(".cache/codes"), help="cache of encoded audio"
-    )
-    options = parser.parse_args(args)
-    try:
-        source = open_source(options.model)
-        encode_manifest(
-            options.manifest,
-            options.out,
-            source,
-            options.cache_dir,
-            with_words=options.with_words,
-            hours=options.hours,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     size = sum(path.stat().st_size for path in options.out.glob(f"*{CODES_SUFFIX}"))
     print(f"{options.out / 'manifest.jsonl'} ({size / 1e6:.2f} MB of codes)")
-    return 0
 
 
 def encode_manifest(
@@ -169,5 +145,21 @@ def _batches(entries: Sequence[ManifestEntry]) -> list[list[ManifestEntry]]:
     return batches
 
 
+def _parser() -> ArgumentParser:
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add("manifest", type=Path, help="Recordings to encode.")
+    add("out", type=Path, help="Folder to write.")
+    add_model(parser, default=TINY)
+    add(
+        "--with_words",
+        action="store_true",
+        help="Copy the JSON beside each recording too: alignments, and probes of held-out sets.",
+    )
+    add("--hours", type=float, help="Only the first recordings, as many as fit; null: all.")
+    add_cache_dir(parser)
+    return parser
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

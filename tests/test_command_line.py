@@ -1,0 +1,55 @@
+"""Flags that mean the same in every program are spelt the same."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moshi_ttt.command_line import add_held_out, add_subjects, parse, program_parser
+
+PROGRAMS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[1] / "scripts").rglob("*.py")
+    if "__main__" in path.read_text()
+)
+
+
+def parser() -> Any:
+    made = program_parser("Tests.")
+    add_subjects(made, several=True)
+    add_held_out(made)
+    return made
+
+
+def test_dashes_in_flags_mean_underscores_and_stay_in_values() -> None:
+    for flag in ("--cache_dir", "--cache-dir"):
+        for args in ([flag, "a-b/c"], [f"{flag}=a-b/c"]):
+            assert parse(parser(), args).cache_dir == Path("a-b/c")
+
+
+def test_sources_are_names_and_checkpoints_are_paths() -> None:
+    options = parse(parser(), ["--model", "tiny", "a/b", "--checkpoint", "x/last.ckpt"])
+    assert options.model == ["tiny", "a/b"]
+    assert options.checkpoint == [Path("x/last.ckpt")]
+    assert options.manifest is None
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_explains_itself_with_the_common_spellings(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = importlib.import_module(name)
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert program.__doc__.splitlines()[0] in shown
+    flags = re.findall(r"^  (--[\w.-]+)", shown, flags=re.MULTILINE)
+    assert not [flag for flag in flags if "-" in flag[2:]]
+    assert not {"--source", "--heldout"} & set(flags)
+    # jsonargparse prints defaults itself
+    assert not re.search(r"[Dd]efault:? (?!null)\S+\)? *\(type", shown)
