@@ -38,7 +38,7 @@ from moshi_ttt.attribution.verdict import Verdict, judge
 from moshi_ttt.command_line import add_device, add_held_out, add_subjects, parse, program_parser
 from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.data.bundled import bundled_held_out
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.files import write_json
 from moshi_ttt.generation.prompts import choose_prompts
 from moshi_ttt.generation.users import silence_codes
@@ -70,9 +70,10 @@ def main(args: list[str] | None = None) -> Verdict:
     out = options.out or Path("runs/attribute") / short_name(models[0])
     subject = open_subject(models[0], options.device, dtype=options.dtype)
     source, clock = subject.source, subject.source.clock
-    matrix = _matrix(vars(given), options.quick, subject.lm)
-    prompt_steps = clock.steps(matrix.prompt_sec)
-    matrix.check_prompt(prompt_steps)
+    with settings_at("matrix"):
+        matrix = _matrix(vars(given), options.quick, subject.lm)
+        prompt_steps = clock.steps(matrix.prompt_sec)
+        matrix.check_prompt(prompt_steps)
     manifest = options.manifest or bundled_held_out(source)
     recordings = read_recordings(source, manifest, options.cache_dir)
     streams, forced = _streams(recordings, subject.lm, source, matrix, prompt_steps)

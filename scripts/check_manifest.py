@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moshi_ttt.command_line import add_model, parse, program_parser
 from moshi_ttt.data import CodesFormat, ManifestCheck, check_manifest
-from moshi_ttt.errors import run_program
+from moshi_ttt.errors import run_program, settings_at
 from moshi_ttt.model.source import TINY, open_source
 
 
@@ -33,7 +33,8 @@ def main(args: list[str] | None = None) -> int:
     )
     add_model(parser, default=TINY)
     options = parse(parser, args)
-    source = open_source(options.model)
+    with settings_at("", source="--model"):
+        source = open_source(options.model)
     tokenizer = source.tokenizer()
     codes_format = CodesFormat.of(source)
     checks = [

@@ -30,7 +30,7 @@ from moshi_ttt.data import (
     read_manifest,
 )
 from moshi_ttt.data.codes_file import CODES_SUFFIX, read_codes, write_codes, written_from
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.files import write_bytes
 from moshi_ttt.model.source import TINY, ModelSource, open_source
 
@@ -44,10 +44,12 @@ def main(args: list[str] | None = None) -> None:
         UserError: the manifest cannot be used, or there is no such model.
     """
     options = parse(_parser(), args)
+    with settings_at("", source="--model"):
+        source = open_source(options.model)
     encode_manifest(
         options.manifest,
         options.out,
-        open_source(options.model),
+        source,
         options.cache_dir,
         with_words=options.with_words,
         hours=options.hours,

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 from moshi_ttt.command_line import add_device, add_held_out, add_subjects, parse, program_parser
 from moshi_ttt.data import read_recordings
 from moshi_ttt.data.bundled import bundled_held_out
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
 from moshi_ttt.model.subject import open_subject, short_name
@@ -44,11 +44,12 @@ def main(args: list[str] | None = None) -> Path:
         context_steps=options.context_steps,
     )
     lm, source = subject.lm, subject.source
-    run = LongRunConfig(
-        seconds=options.seconds,
-        log_interval_steps=options.log_interval,
-        **vars(options.run),
-    )
+    with settings_at("run", seconds="--seconds", log_interval_steps="--log_interval"):
+        run = LongRunConfig(
+            seconds=options.seconds,
+            log_interval_steps=options.log_interval,
+            **vars(options.run),
+        )
     assert lm.context is not None
     seconds = round(source.clock.seconds(run.steps(source.clock, lm.context)))
     if options.checkpoint:
@@ -59,15 +60,16 @@ def main(args: list[str] | None = None) -> Path:
     out = options.out or default_out
     manifest = options.manifest or bundled_held_out(source)
     recordings = read_recordings(source, manifest, options.cache_dir)
-    evaluate(
-        lm,
-        source,
-        recordings,
-        run,
-        out / "longgen" / "evaluation",
-        label=subject.label,
-        trained_steps=subject.trained_steps,
-    )
+    with settings_at("run"):
+        evaluate(
+            lm,
+            source,
+            recordings,
+            run,
+            out / "longgen" / "evaluation",
+            label=subject.label,
+            trained_steps=subject.trained_steps,
+        )
     return write_report(out)
 
 

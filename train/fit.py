@@ -6,8 +6,9 @@ Every field is explained by `--help`; `--print_config` prints the resolved confi
 from __future__ import annotations
 
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from jsonargparse import set_parsing_settings
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.long_generation import LongGeneration
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, run_program, settings_at
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints
 from train.data import ConversationData
 from train.module import MoshiTTT
@@ -52,7 +53,11 @@ class FitCLI(LightningCLI):
         self.config = parser.parse_args(resolve_configs(sys.argv[1:] if args is None else args))
 
     def before_instantiate_classes(self) -> None:
-        """Decide the run folder: a new one, or that of the checkpoint to go on with."""
+        """Check the configs, and decide the run folder: a new one, or that of the checkpoint."""
+        for place, config in nested_configs().items():
+            # jsonargparse would name their fields alone
+            with settings_at(place):
+                config(**vars(self.config[place]))
         root, resume = Path(self.config.run_dir), self.config.ckpt_path
         self.ckpt_path = find_checkpoint(root, resume)
         if self.ckpt_path is not None:
@@ -76,6 +81,17 @@ class FitCLI(LightningCLI):
             use_distributed_sampler=False,
             **kwargs,
         )
+
+
+def nested_configs() -> dict[str, type]:
+    """The dataclasses among the settings, by their keys."""
+    holders: dict[str, type] = {"model": MoshiTTT, "long_generation": LongGeneration}
+    return {
+        f"{place}.{name}": hint
+        for place, holder in holders.items()
+        for name, hint in get_type_hints(holder.__init__).items()  # type: ignore[misc]
+        if is_dataclass(hint) and isinstance(hint, type)
+    }
 
 
 def next_run_folder(root: Path) -> Path:

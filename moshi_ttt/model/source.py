@@ -19,7 +19,7 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import SettingError, UserError
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TINY = "tiny"
@@ -160,16 +160,18 @@ def open_source(name: str) -> ModelSource:
     if Path(name).is_dir():
         return ModelSource(name, _folder_info(Path(name)))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"model.source={name!r} is neither `tiny`, `moshi7b-random`, an existing folder nor "
-            "a hub id (owner/name); check the spelling or give the path of a downloaded model"
+        raise SettingError(
+            "source",
+            f"={name!r} is neither `tiny`, `moshi7b-random`, an existing folder nor a hub id "
+            "(owner/name); check the spelling or give the path of a downloaded model",
         )
     try:
         return ModelSource(name, loaders.CheckpointInfo.from_hf_repo(name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"model.source={name!r} could not be fetched from the hub ({error}); check the id and "
-            "the network, or give a local folder with the same files"
+        raise SettingError(
+            "source",
+            f"={name!r} could not be fetched from the hub ({error}); check the id and the "
+            "network, or give a local folder with the same files",
         ) from error
 
 

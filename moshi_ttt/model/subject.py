@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from moshi.models.lm import LMModel
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, settings_at
 from moshi_ttt.model.build import Dtype
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.model.weights import load_trained
@@ -55,7 +55,8 @@ def open_subject(
         lm, source, _, trained_steps = load_trained(path, device)
         label = f"{_run_folder(path).parent.name}/{_run_folder(path).name} {path.stem}"
         return Subject(lm=lm, source=source, trained_steps=trained_steps, label=label)
-    source = open_source(str(name))
+    with settings_at("", source="--model"):
+        source = open_source(str(name))
     lm = source.lm(
         device=device, dtype=getattr(torch, dtype or "float32"), context_steps=context_steps
     )

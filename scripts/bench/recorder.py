@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 from moshi.models.lm import LMModel
 
 from moshi_ttt.command_line import add_device, add_model, parse, program_parser
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.instruments.attention_mass import AttentionProbe
 from moshi_ttt.instruments.recorder import Recorder
@@ -40,7 +40,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     options = parse(_parser(), args)
     if options.steps <= SKIPPED_STEPS + 1:
         raise UserError(f"--steps={options.steps} must be more than {SKIPPED_STEPS + 1}")
-    source = open_source(options.model)
+    with settings_at("", source="--model"):
+        source = open_source(options.model)
     lm = _model(source, options.memory, options.context_steps, options.device)
     probed = [0, source.num_layers // 2, source.num_layers - 1]
     kinds: list[Kind] = ["plain", "recorder"]

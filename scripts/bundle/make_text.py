@@ -32,7 +32,7 @@ from moshi_ttt.data.alignments import Word
 from moshi_ttt.data.codes_file import CODES_SUFFIX, write_codes
 from moshi_ttt.data.manifest import raise_together
 from moshi_ttt.data.text import ZERO_TOKEN, text_stream
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.files import write_bytes
 from moshi_ttt.model.source import ModelSource, open_source
 
@@ -100,7 +100,9 @@ def main(manifest: Path, *, hours: float, model: str, seed: int, workers: int) -
     _, problems = read_manifest(manifest)
     raise_together(str(manifest), problems)
     todo = list(recipes(hours, "train", seed, MINUTES))
-    write = partial(write_text, folder=manifest.parent, source=open_source(model))
+    with settings_at("", source="--model"):
+        source = open_source(model)
+    write = partial(write_text, folder=manifest.parent, source=source)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
         lines = list(tqdm(pool.map(write, todo, chunksize=4), total=len(todo), unit="conversation"))
