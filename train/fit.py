@@ -21,14 +21,18 @@ from moshi_ttt.errors import UserError, run_program, settings_at
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints
 from train.data import ConversationData
 from train.module import MoshiTTT
+from train.recipes import resolve_configs
 
 # the docstring under each config field is its help text
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class FitCLI(LightningCLI):
     """LightningCLI with one run folder, the long generation, and checkpoints that travel."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that lets a config name the recipe it builds on."""
+        return super().init_parser(parser_mode="recipe", **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to a run and not to model, data or trainer."""
@@ -119,20 +123,6 @@ def find_checkpoint(root: Path, resume: str | None) -> Path | None:
     if not Path(resume).is_file():
         raise UserError(f"--ckpt_path {resume} does not exist; give a .ckpt file or `last`")
     return Path(resume)
-
-
-def resolve_configs(args: list[str]) -> list[str]:
-    """Let `--config NAME` mean `configs/NAME` where there is no such file here."""
-    resolved = list(args)
-    for index, arg in enumerate(args):
-        flag, _, value = arg.partition("=")
-        if flag not in ("--config", "-c"):
-            continue
-        position = index if value else index + 1
-        name = value or (args[position] if position < len(args) else "")
-        if name and not Path(name).exists() and (CONFIGS / name).is_file():
-            resolved[position] = f"{flag}={CONFIGS / name}" if value else str(CONFIGS / name)
-    return resolved
 
 
 def main(args: list[str] | None = None) -> Path:

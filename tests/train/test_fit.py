@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,8 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.model.weights import load_trained
 from train.data import ConversationData
-from train.fit import CONFIGS, FitCLI, main
+from train.fit import FitCLI, main
 from train.module import MoshiTTT, OptimConfig
+from train.recipes import CONFIGS
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +111,73 @@ def test_every_shipped_config_loads_alone_and_with_its_overlays(
 def test_shipped_overlays_are_all_tried() -> None:
     names = {path.name for path in CONFIGS.iterdir()}
     assert names - {n for n in names if n.startswith("long")} == {
+        "base.yaml",
         "moshiko.yaml",
         "moshi7b_random.yaml",
         "tiny_base.yaml",
     }
+
+
+WHOLE = """
+run_dir: runs/long{0}s
+seed_everything: 0
+model:
+  source: tiny
+  train: memory
+  memory:
+    rule: ttt_linear
+    layers: last:2
+  loss:
+    magnitude_reg: 1.0
+    magnitude_target: 0.1
+data:
+  duration_sec: {0}
+  batch_size: 2
+trainer:
+  max_epochs: 4
+  precision: 32-true
+  gradient_clip_val: 1.0
+  log_every_n_steps: 1
+long_generation:
+  every_n_epochs: 4
+"""
+
+
+def resolved(*configs: str | Path) -> dict[str, Any]:
+    args = [part for config in configs for part in ("--config", str(config))]
+    cli = parse(*args, "--trainer.accelerator=cpu")
+    return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+
+
+@pytest.mark.parametrize("duration_sec", [15, 30, 60, 120])
+def test_a_recipe_upon_its_base_is_the_whole_recipe(duration_sec: int, tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text(WHOLE.format(duration_sec))
+    shipped = f"long{duration_sec}s.yaml"
+    whole = resolved(tmp_path / "whole.yaml")
+    assert whole["data"]["duration_sec"] == duration_sec
+    assert resolved(shipped) == whole
+    assert resolved(shipped, "moshiko.yaml") == resolved(tmp_path / "whole.yaml", "moshiko.yaml")
+
+
+def test_a_recipe_of_ones_own_builds_on_what_is_beside_it_or_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    mine = tmp_path / "deep/mine.yaml"
+    mine.write_text("base: long30s.yaml\nmodel:\n  memory: {layers: [1, 3]}\n")
+    found = resolved("deep/mine.yaml")
+    assert found["model"]["memory"] == resolved("long30s.yaml")["model"]["memory"] | {
+        "layers": [1, 3]
+    }
+    assert found["data"]["duration_sec"] == 30
+    assert "base" not in found
+    (tmp_path / "deep/long30s.yaml").write_text("base: base.yaml\ndata: {duration_sec: 45}\n")
+    assert resolved("deep/mine.yaml")["data"]["duration_sec"] == 45
+    assert resolved("deep/mine.yaml")["data"]["batch_size"] == 2
+    mine.write_text("base: nowhere.yaml\n")
+    with pytest.raises(UserError, match=r"base=nowhere\.yaml of .*mine\.yaml"):
+        resolved("deep/mine.yaml")
 
 
 def test_the_recipe_of_the_tiny_base_trains_all_of_moshi_and_adds_nothing() -> None:
