@@ -82,7 +82,7 @@ class Verdict:
 
 
 def judge(evidence: Evidence, clock: Clock) -> Verdict:
-    """Decide every hypothesis of design.md section 2."""
+    """Decide every hypothesis of the table in docs/finding_the_jump.md."""
     findings = (
         _eviction(evidence, 1, "eviction of the first key"),
         _eviction(evidence, 2, "2C lineage"),

@@ -20,6 +20,7 @@ from moshi.models.lm import LMModel
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.errors import SettingError, UserError
+from moshi_ttt.model.compiling import compile_on_gpu_only
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TINY = "tiny"
@@ -100,6 +101,7 @@ class ModelSource:
                 None keeps the checkpoint's. The depformer is not touched.
             gradient_checkpointing: recompute each layer in the backward pass.
         """
+        compile_on_gpu_only()
         overrides: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing}
         if context_steps is not None:
             overrides["context"] = context_steps
@@ -113,6 +115,7 @@ class ModelSource:
 
     def codec(self, device: torch.device | str = "cpu") -> MimiModel:
         """The codec, in eval mode, without gradients."""
+        compile_on_gpu_only()
         # moshi draws random weights before it loads the real ones: nobody's random numbers may
         # depend on whether something was loaded
         with torch.random.fork_rng():

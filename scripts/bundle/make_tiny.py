@@ -15,8 +15,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
-
 import safetensors.torch
 import sentencepiece
 import torch

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
-
 import numpy as np
 import torch
 from codec_losses import spectral_distances
@@ -42,6 +40,7 @@ from moshi_ttt.data.codes import encode_recording, visible_past_steps
 from moshi_ttt.data.manifest import raise_together
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_atomic, write_json
+from moshi_ttt.model.compiling import compile_on_gpu_only
 
 _GAP_SEC = 0.4  # between words: cut there
 _MARGIN_SEC = 0.15  # kept around what is cut
@@ -120,6 +119,7 @@ def load_codec(folder: Path) -> MimiModel:
                 "wrote, or one in moshi's layout such as assets/tiny"
             )
     config = json.loads(config_path.read_text())
+    compile_on_gpu_only()
     return loaders.get_mimi(weights, config, num_codebooks=8).requires_grad_(False)
 
 

@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
-
 import torch
 from codec_module import LOG_EVERY_UPDATES, CodecTraining, Recipe
 from codec_speech import Speech, span_steps
@@ -31,10 +29,12 @@ from moshi.utils.compile import no_compile
 
 from moshi_ttt.command_line import add_device, parse, program_parser
 from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.model.compiling import compile_on_gpu_only
 
 
 def build(config: dict[str, Any], speech: Speech, seed: int) -> MimiModel:
     """A codec whose convolutions are scaled to this speech."""
+    compile_on_gpu_only()
     torch.manual_seed(seed)
     codec = loaders.get_mimi(None, config, num_codebooks=config["quantizer"]["n_q"])
     scale_convolutions(codec, speech.pieces(8, 32))
