@@ -87,14 +87,7 @@ def encode_manifest(
     ).raise_problems()
     entries, _ = read_manifest(manifest)
     if hours is not None:
-        ends_sec = accumulate(entry.duration_sec for entry in entries)
-        fits = sum(end_sec <= 3600 * hours for end_sec in ends_sec)
-        if not fits:
-            raise UserError(
-                f"--hours={hours:g} is less than the first recording of {manifest} "
-                f"({entries[0].duration_sec / 3600:.3f} h); give more"
-            )
-        entries = entries[:fits]
+        entries = _first_hours(entries, hours, manifest)
     counts = Counter(entry.path.stem for entry in entries)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
@@ -123,6 +116,20 @@ def encode_manifest(
         duration_sec = source.clock.seconds(read_codes(target, codes_format).shape[-1])
         lines.append(json.dumps({"path": target.name, "duration": round(duration_sec, 4)}) + "\n")
     write_bytes(out / "manifest.jsonl", "".join(lines).encode())
+
+
+def _first_hours(
+    entries: Sequence[ManifestEntry], hours: float, manifest: Path
+) -> list[ManifestEntry]:
+    """The first recordings, as many as fit."""
+    ends_sec = accumulate(entry.duration_sec for entry in entries)
+    fits = sum(end_sec <= 3600 * hours for end_sec in ends_sec)
+    if not fits:
+        raise UserError(
+            f"--hours={hours:g} is less than the first recording of {manifest} "
+            f"({entries[0].duration_sec / 3600:.3f} h); give more"
+        )
+    return list(entries[:fits])
 
 
 def _made_of(entry: ManifestEntry) -> str:
