@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.tensorboard import log_evaluation
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import check_bounds, settings_at
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
 from moshi_ttt.report import write_report
@@ -31,8 +31,7 @@ class LongGeneration(Callback):
         run: LongRunConfig = LongRunConfig(),  # noqa: B008 (frozen)
         every_n_epochs: int = 1,
     ) -> None:
-        if every_n_epochs < 0:
-            raise UserError(f"long_generation.every_n_epochs={every_n_epochs} must be at least 0")
+        check_bounds("long_generation.every_n_epochs", every_n_epochs, least=0)
         self.run = run
         self.every_n_epochs = every_n_epochs
 
@@ -53,15 +52,16 @@ class LongGeneration(Callback):
             logger: Any = trainer.logger
             run_folder = Path(logger.log_dir)
             folder = run_folder / "longgen" / f"epoch_{epoch:03d}"
-            evaluate(
-                pl_module.lm,
-                pl_module.source,
-                data.val_recordings(),
-                self.run,
-                folder,
-                label=f"epoch {epoch}",
-                trained_steps=data.clip_steps,
-            )
+            with settings_at("long_generation.run"):
+                evaluate(
+                    pl_module.lm,
+                    pl_module.source,
+                    data.val_recordings(),
+                    self.run,
+                    folder,
+                    label=f"epoch {epoch}",
+                    trained_steps=data.clip_steps,
+                )
             pictures = log_evaluation(logger.experiment, folder, trainer.global_step)
             write_report(run_folder, {folder: pictures})
         trainer.strategy.barrier("long generation")

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace
 from moshi.models.lm import LMModel
 from tqdm import tqdm
 
@@ -37,31 +35,24 @@ from moshi_ttt.attribution.conditions import Cell, Condition
 from moshi_ttt.attribution.evidence import Evidence
 from moshi_ttt.attribution.matrix import MatrixConfig, conditions
 from moshi_ttt.attribution.verdict import Verdict, judge
+from moshi_ttt.command_line import add_device, add_held_out, add_subjects, parse, program_parser
 from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.data.bundled import bundled_held_out
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.files import write_json
 from moshi_ttt.generation.observer import EachStep
 from moshi_ttt.generation.prompts import choose_prompts
 from moshi_ttt.generation.users import silence_codes
-from moshi_ttt.model.build import Dtype
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.sinks import AttentionControls
-from moshi_ttt.model.source import ModelSource, open_source
-from moshi_ttt.model.weights import load_trained
+from moshi_ttt.model.source import ModelSource
+from moshi_ttt.model.subject import open_subject, short_name
 from moshi_ttt.report.attribution import write_page
 from moshi_ttt.rows import Rows
 
 TRIAL_STEPS = 40  # generated to measure the speed before the cost is printed
-QUICK_PROMPT_SEC = 2.0
-
-
-@dataclass
-class Subject:
-    """A model under test: opened when its first unfinished cell runs."""
-
-    name: str
-    load: Callable[[], tuple[LMModel, ModelSource, int | None]]
+QUICK: dict[str, Any] = {"prompt_sec": 2.0, "starts": (100,), "steps_past_2c": 120}
+"""Settings of the matrix under `--quick`, unless given."""
 
 
 def main(args: list[str] | None = None) -> Verdict:
@@ -70,28 +61,33 @@ def main(args: list[str] | None = None) -> Verdict:
     Returns:
         The verdict that was written.
     """
-    options = _parser().parse_args(args)
-    subjects = _subjects(options)
-    if not torch.cuda.is_available() or options.device == "cpu":
+    parser = _parser()
+    options = parse(parser, args)
+    # what was left out depends on the model and on --quick
+    given = parse(parser, args, defaults=False).get("matrix", Namespace())
+    models = _models(options)
+    if options.device == "cpu":
         # steps of a small model are too short to share: a second thread only spins
         torch.set_num_threads(1)
-    out = Path(options.out or f"runs/attribute/{subjects[0].name}")
-    lm, source, trained_steps = subjects[0].load()
-    matrix = _matrix(options, lm)
-    clock = source.clock
-    prompt_steps = clock.steps(matrix.prompt_sec)
-    matrix.check_prompt(prompt_steps)
-    manifest = Path(options.manifest or bundled_held_out(source))
-    recordings = read_recordings(source, manifest, Path(options.cache_dir))
-    streams, forced = _streams(recordings, lm, source, matrix, prompt_steps)
+    out = options.out or Path("runs/attribute") / short_name(models[0])
+    subject = open_subject(models[0], options.device, dtype=options.dtype)
+    source, clock = subject.source, subject.source.clock
+    with settings_at("matrix"):
+        matrix = _matrix(vars(given), options.quick, subject.lm)
+        prompt_steps = clock.steps(matrix.prompt_sec)
+        matrix.check_prompt(prompt_steps)
+    manifest = options.manifest or bundled_held_out(source)
+    recordings = read_recordings(source, manifest, options.cache_dir)
+    streams, forced = _streams(recordings, subject.lm, source, matrix, prompt_steps)
     cells: list[Cell] = []
-    for number, subject in enumerate(subjects):
+    for number, model in enumerate(models):
         if number:
-            lm, source, trained_steps = subject.load()
+            subject = open_subject(model, options.device, dtype=options.dtype)
+        lm = subject.lm
         planned = conditions(
             matrix,
-            model=subject.name,
-            trained_steps=trained_steps,
+            model=short_name(model),
+            trained_steps=subject.trained_steps,
             has_memory=bool(hybrid_layers(lm)),
             forced=forced,
         )
@@ -107,7 +103,7 @@ def main(args: list[str] | None = None) -> Verdict:
             "seed": matrix.seed,
         }
         cells += _run(lm, planned, streams, matrix.seed, settings, out / "cells")
-        del lm
+        del lm, subject
         gc.collect()
     evidence = Evidence(cells)
     verdict = judge(evidence, clock)
@@ -162,44 +158,22 @@ def _steps_per_sec(
     return (len(times) - 1 - warm) / max(times[-1] - times[warm], 1e-9)
 
 
-def _matrix(options: Any, lm: LMModel) -> MatrixConfig:
+def _matrix(given: dict[str, Any], quick: bool, lm: LMModel) -> MatrixConfig:
     assert lm.context is not None
     # the model's own ring is the largest: a longer one would attend further than it ever did
-    sizes = (1 / 4, 3 / 8, 1 / 2) if options.quick else (1 / 2, 3 / 4, 1)
-    values = {name: value for name, value in vars(options.matrix).items() if value is not None}
-    values.setdefault("capacities", tuple(round(size * lm.context) for size in sizes))
-    if options.quick:
-        values = {"prompt_sec": QUICK_PROMPT_SEC, "starts": (100,), "steps_past_2c": 120} | values
-    return MatrixConfig(quick=options.quick, **values)
+    sizes = (1 / 4, 3 / 8, 1 / 2) if quick else (1 / 2, 3 / 4, 1)
+    usual: dict[str, Any] = {"capacities": tuple(round(size * lm.context) for size in sizes)}
+    return MatrixConfig(quick=quick, **(usual | (QUICK if quick else {}) | given))
 
 
-def _subjects(options: Any) -> list[Subject]:
+def _models(options: Any) -> list[str | Path]:
+    """Sources or checkpoints, which come later into the names of files."""
     if bool(options.model) == bool(options.checkpoint):
         raise UserError("give either --model SOURCE or --checkpoint FILE [FILE ...]")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-    def vanilla() -> tuple[LMModel, ModelSource, int | None]:
-        source = open_source(options.model)
-        lm = source.lm(device=device, dtype=getattr(torch, options.dtype or "float32"))
-        return lm, source, None
-
-    def trained(path: Path) -> tuple[LMModel, ModelSource, int | None]:
-        lm, source, _, trained_steps = load_trained(path, device)
-        return lm, source, trained_steps
-
-    if options.model:
-        return [Subject(Path(options.model).name, vanilla)]
-    if options.dtype:
-        raise UserError("--dtype goes with --model; a checkpoint brings its own")
-    subjects = []
-    for file in map(Path, options.checkpoint):
-        run = file.absolute().parent.parent
-        subjects.append(
-            Subject(f"{run.parent.name}-{run.name}-{file.stem}", partial(trained, file))
-        )
-    if len({one.name for one in subjects}) < len(subjects):
-        raise UserError("--checkpoint names one file twice; give different ones")
-    return subjects
+    models = options.model or options.checkpoint
+    if len({short_name(one) for one in models}) < len(models):
+        raise UserError("--checkpoint or --model names one twice; give different ones")
+    return list(models)
 
 
 def _streams(
@@ -226,31 +200,20 @@ def _streams(
 
 
 def _parser() -> ArgumentParser:
-    # the docstring under each config field is its help text
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=__doc__)
+    parser = program_parser(__doc__)
     add: Any = parser.add_argument
-    add("--model", type=str | None, help="Vanilla model: tiny, a folder or a hub id.")
-    add("--checkpoint", nargs="+", help="Trained models; the first gets the whole matrix.")
-    add("--quick", action="store_true", help="Smaller rings and fewer cells.")
-    add("--dtype", type=Dtype | None, help="Weights' type, with --model only (float32).")
-    add("--manifest", type=str | None, help="Recordings; default: the bundled held-out ones.")
-    add("--cache_dir", type=str, default=".cache/codes", help="Cache of encoded audio.")
-    add("--device", type=str | None, help="Default: cuda if there is one.")
-    add("--out", type=str | None, help="Folder to write.")
+    # the first of several gets the whole matrix
+    add_subjects(parser, several=True)
+    add("--quick", action="store_true", help="Smaller rings, fewer cells, shorter prompts.")
+    add_held_out(parser)
+    add_device(parser)
+    add("--out", type=Path, help="Folder to write; null: runs/attribute/MODEL.")
     add(
         "--matrix.capacities",
-        type=list[int] | None,
-        help="Ring capacities C in steps; default: half, three quarters and all of the model's.",
+        type=tuple[int, ...],
+        help="Ring capacities C in steps; null: half, three quarters and all of the model's.",
     )
-    add("--matrix.sinks", type=int | None, help="First positions kept in cells with sinks (4).")
-    add("--matrix.starts", type=list[int] | None, help="Other start positions (100, 5000).")
-    add("--matrix.prompts", type=int | None, help="Starting points in the recordings (3).")
-    add("--matrix.seeds", type=int | None, help="Continuations of each (3).")
-    add("--matrix.user", type=Literal["recording", "silence"] | None, help="In plain runs.")
-    add("--matrix.prompt_sec", type=float | None, help="Seconds forced first (4; quick: 2).")
-    add("--matrix.steps_past_2c", type=int | None, help="Steps after the largest 2C (150).")
-    add("--matrix.seed", type=int | None, help="Seed of the sampling (0).")
+    parser.add_class_arguments(MatrixConfig, "matrix", skip={"capacities", "quick"})
     return parser
 
 

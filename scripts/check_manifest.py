@@ -1,50 +1,46 @@
 """Check a data manifest without training: `python scripts/check_manifest.py my.jsonl`.
 
 Opens and decodes every recording or codes file, reads every alignment file, and prints totals,
-warnings and problems.
+warnings and problems. The tokenizer of `--model` counts the text tokens, and codes files must have
+been made with that model.
 
 Exit status: 0 usable, 1 problems, 2 wrong arguments or an unreadable manifest.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from moshi_ttt.command_line import add_model, parse, program_parser
 from moshi_ttt.data import CodesFormat, ManifestCheck, check_manifest
-from moshi_ttt.errors import UserError
-from moshi_ttt.model.source import open_source
+from moshi_ttt.errors import run_program, settings_at
+from moshi_ttt.model.source import TINY, open_source
 
 
 def main(args: list[str] | None = None) -> int:
     """Check as the command line says.
 
     Returns:
-        The exit status.
+        The exit status: 0, or 1 for problems.
+
+    Raises:
+        UserError: a manifest cannot be read, or there is no such model.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = program_parser(__doc__)
     parser.add_argument(
         "manifest", type=Path, nargs="+", help='JSON lines: {"path": "a.wav", "duration": 24.5}'
     )
-    parser.add_argument(
-        "--source",
-        default="tiny",
-        help="model whose tokenizer counts the text tokens, and that codes files must have been "
-        "made with: tiny, a folder or a hub id",
-    )
-    options = parser.parse_args(args)
-    try:
-        source = open_source(options.source)
-        tokenizer = source.tokenizer()
-        codes_format = CodesFormat.of(source)
-        checks = [
-            check_manifest(path, source.clock, tokenizer, decode=True, codes_format=codes_format)
-            for path in options.manifest
-        ]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    add_model(parser, default=TINY)
+    options = parse(parser, args)
+    with settings_at("", source="--model"):
+        source = open_source(options.model)
+    tokenizer = source.tokenizer()
+    codes_format = CodesFormat.of(source)
+    checks = [
+        check_manifest(path, source.clock, tokenizer, decode=True, codes_format=codes_format)
+        for path in options.manifest
+    ]
     for check in checks:
         print(describe(check))
     return int(any(check.problems for check in checks))
@@ -71,4 +67,4 @@ def describe(check: ManifestCheck) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

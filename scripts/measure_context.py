@@ -1,6 +1,7 @@
-"""Does reading further back help, or hurt? Loss of the same seconds behind contexts of any length.
+r"""Does reading further back help, or hurt? Loss of the same seconds behind contexts of any length.
 
-    python scripts/measure_context.py tiny runs/long60s/000/checkpoints/best.safetensors
+    python scripts/measure_context.py --model tiny \
+        --checkpoint runs/long60s/000/checkpoints/best.safetensors
 
 Each model (a source, or a trained checkpoint) reads the same held-out stretches teacher-forced,
 having read the second before them, then the 5 s before them, and so on. Loss against position mixes
@@ -11,72 +12,67 @@ OUT/context.png.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from moshi_ttt.report.context import context_figure
-from moshi_ttt.teacher_forcing.contexts import ContextSweep
+from jsonargparse import ArgumentParser
 
-import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
-
-import torch
-from moshi.models.lm import LMModel
-
+from moshi_ttt.command_line import add_device, add_held_out, add_subjects, parse, program_parser
 from moshi_ttt.data import read_recordings
 from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_bytes, write_json
-from moshi_ttt.model.source import ModelSource, open_source
-from moshi_ttt.model.weights import load_trained
+from moshi_ttt.model.subject import open_subject
 from moshi_ttt.report import png
+from moshi_ttt.report.context import context_figure
+from moshi_ttt.teacher_forcing.contexts import ContextSweep
 
 SWEEP = ContextSweep()
 
 
-def open_model(name: str, device: str) -> tuple[LMModel, ModelSource, int | None]:
-    """LM, source and trained steps (None: unknown) of a checkpoint file or a model source."""
-    if Path(name).suffix in (".safetensors", ".ckpt"):
-        lm, source, _, trained_steps = load_trained(Path(name), device)
-        return lm, source, trained_steps
-    source = open_source(name)
-    return source.lm(device=device), source, None
-
-
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Measure every model and write the numbers and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", help="model sources, or checkpoints")
-    parser.add_argument("--heldout", type=Path, help="manifest; default: the bundled one")
-    parser.add_argument("--out", type=Path, default=Path("runs/context"), help="folder to write")
-    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/codes"))
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = parse(_parser(), args)
+    models = [*(options.model or ()), *(options.checkpoint or ())]
+    if not models:
+        raise UserError("give --model SOURCE [SOURCE ...], --checkpoint FILE [FILE ...] or both")
     curves: dict[str, dict[str, list[float]]] = {}
     marks_sec: dict[str, float] = {}
-    for name in arguments.models:
-        lm, source, trained_steps = open_model(name, device)
-        heldout = arguments.heldout or bundled_held_out(source)
-        recordings = read_recordings(source, heldout, arguments.cache_dir)
-        pieces = SWEEP.stretches(recordings, source.clock)
+    for name in models:
+        # the type goes with the sources among them
+        dtype = options.dtype if name in (options.model or ()) else None
+        subject = open_subject(name, options.device, dtype=dtype)
+        lm, clock = subject.lm, subject.source.clock
+        manifest = options.manifest or bundled_held_out(subject.source)
+        recordings = read_recordings(subject.source, manifest, options.cache_dir)
+        pieces = SWEEP.stretches(recordings, clock)
         if not pieces:
             raise UserError(
-                f"no recording of {heldout} lasts "
-                f"{SWEEP.longest_sec:g} s; give longer ones with --heldout"
+                f"no recording of {manifest} lasts "
+                f"{SWEEP.longest_sec:g} s; give longer ones with --manifest"
             )
-        curves[name] = SWEEP.nll(lm, pieces, source.clock)
+        curves[str(name)] = SWEEP.nll(lm, pieces, clock)
         if lm.context is not None:
-            marks_sec["C"] = source.clock.seconds(lm.context)
-        if trained_steps is not None:
-            seconds = source.clock.seconds(trained_steps)
+            marks_sec["C"] = clock.seconds(lm.context)
+        if subject.trained_steps is not None:
+            seconds = clock.seconds(subject.trained_steps)
             marks_sec[f"clips of {seconds:.0f} s"] = seconds
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     write_json(
-        arguments.out / "context.json",
+        options.out / "context.json",
         {"context_sec": SWEEP.context_sec, "stretches": len(pieces), "nll": curves},
     )
     figure = context_figure(SWEEP, curves, marks_sec, len(pieces))
-    write_bytes(arguments.out / "context.png", png(figure))
-    print(f"{arguments.out / 'context.json'}, {arguments.out / 'context.png'}")
+    write_bytes(options.out / "context.png", png(figure))
+    print(f"{options.out / 'context.json'}, {options.out / 'context.png'}")
+
+
+def _parser() -> ArgumentParser:
+    parser = program_parser(__doc__)
+    add_subjects(parser, several=True)
+    add_held_out(parser)
+    add_device(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/context"), help="Folder to write.")
+    return parser
 
 
 if __name__ == "__main__":

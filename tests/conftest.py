@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-# before moshi, which reads NO_TORCH_COMPILE when it is imported
-import moshi_ttt  # noqa: F401
+from moshi_ttt.model.compiling import compile_on_gpu_only
+
+compile_on_gpu_only()  # tests also build models by moshi's own classes
 
 TINY_LM: dict[str, Any] = {
     "dim": 32,

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import check_bounds
 from moshi_ttt.model.weights import save_trained
 from train.data import ConversationData
 from train.module import MoshiTTT
@@ -30,8 +30,7 @@ class RunCheckpoints(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"checkpoint.every_n_steps={every_n_steps} must be at least 1, or null")
+        check_bounds("checkpoint.every_n_steps", every_n_steps, least=1, remedy="or use null")
         self.every_n_steps = every_n_steps
         self.best_loss = math.inf
         """Lowest held-out loss so far in nats; infinite before the first validation."""

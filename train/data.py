@@ -17,7 +17,7 @@ from moshi_ttt.data import (
     check_manifest,
     read_manifest,
 )
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, check_bounds, check_setting, settings_at
 from moshi_ttt.model.source import ASSETS, ModelSource, open_source
 
 DURATION_RANGE_SEC = (15.0, 120.0)
@@ -64,18 +64,16 @@ class ConversationData(LightningDataModule):
     ) -> None:
         super().__init__()
         low, high = DURATION_RANGE_SEC
-        if not allow_any_duration and not low <= duration_sec <= high:
-            raise UserError(
-                f"data.duration_sec={duration_sec:g} is outside {low:g}..{high:g}; "
-                f"use {low:g}-{high:g}, or set data.allow_any_duration=true"
-            )
-        for key, value, least in (
-            ("duration_sec", duration_sec, 1.0),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if not least <= value < math.inf:
-                raise UserError(f"data.{key}={value:g} is out of range; use {least:g} or more")
+        check_setting(
+            allow_any_duration or low <= duration_sec <= high,
+            "data.duration_sec",
+            f"{duration_sec:g}",
+            f"is outside {low:g}..{high:g}; use {low:g}-{high:g}, or set "
+            "data.allow_any_duration=true",
+        )
+        check_bounds("data.duration_sec", duration_sec, least=1, below=math.inf)
+        check_bounds("data.batch_size", batch_size, least=1)
+        check_bounds("data.seed", seed, least=0)
         self.source = source
         self.manifest = _find_manifest("manifest", manifest)
         self.val_manifest = _find_manifest("val_manifest", val_manifest)
@@ -90,7 +88,8 @@ class ConversationData(LightningDataModule):
 
     @cached_property
     def _model_source(self) -> ModelSource:
-        return open_source(self.source)
+        with settings_at("data"):
+            return open_source(self.source)
 
     @cached_property
     def _reader(self) -> RecordingReader:

@@ -6,8 +6,9 @@ Every field is explained by `--help`; `--print_config` prints the resolved confi
 from __future__ import annotations
 
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from jsonargparse import set_parsing_settings
@@ -16,18 +17,22 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.long_generation import LongGeneration
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, run_program, settings_at
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints
 from train.data import ConversationData
 from train.module import MoshiTTT
+from train.recipes import resolve_configs
 
 # the docstring under each config field is its help text
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class FitCLI(LightningCLI):
     """LightningCLI with one run folder, the long generation, and checkpoints that travel."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that lets a config name the recipe it builds on."""
+        return super().init_parser(parser_mode="recipe", **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to a run and not to model, data or trainer."""
@@ -52,7 +57,11 @@ class FitCLI(LightningCLI):
         self.config = parser.parse_args(resolve_configs(sys.argv[1:] if args is None else args))
 
     def before_instantiate_classes(self) -> None:
-        """Decide the run folder: a new one, or that of the checkpoint to go on with."""
+        """Check the configs, and decide the run folder: a new one, or that of the checkpoint."""
+        for place, config in nested_configs().items():
+            # jsonargparse would name their fields alone
+            with settings_at(place):
+                config(**vars(self.config[place]))
         root, resume = Path(self.config.run_dir), self.config.ckpt_path
         self.ckpt_path = find_checkpoint(root, resume)
         if self.ckpt_path is not None:
@@ -76,6 +85,17 @@ class FitCLI(LightningCLI):
             use_distributed_sampler=False,
             **kwargs,
         )
+
+
+def nested_configs() -> dict[str, type]:
+    """The dataclasses among the settings, by their keys."""
+    holders: dict[str, type] = {"model": MoshiTTT, "long_generation": LongGeneration}
+    return {
+        f"{place}.{name}": hint
+        for place, holder in holders.items()
+        for name, hint in get_type_hints(holder.__init__).items()  # type: ignore[misc]
+        if is_dataclass(hint) and isinstance(hint, type)
+    }
 
 
 def next_run_folder(root: Path) -> Path:
@@ -103,20 +123,6 @@ def find_checkpoint(root: Path, resume: str | None) -> Path | None:
     if not Path(resume).is_file():
         raise UserError(f"--ckpt_path {resume} does not exist; give a .ckpt file or `last`")
     return Path(resume)
-
-
-def resolve_configs(args: list[str]) -> list[str]:
-    """Let `--config NAME` mean `configs/NAME` where there is no such file here."""
-    resolved = list(args)
-    for index, arg in enumerate(args):
-        flag, _, value = arg.partition("=")
-        if flag not in ("--config", "-c"):
-            continue
-        position = index if value else index + 1
-        name = value or (args[position] if position < len(args) else "")
-        if name and not Path(name).exists() and (CONFIGS / name).is_file():
-            resolved[position] = f"{flag}={CONFIGS / name}" if value else str(CONFIGS / name)
-    return resolved
 
 
 def main(args: list[str] | None = None) -> Path:

@@ -13,7 +13,7 @@ from moshi.models.lm import LMModel
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, check_fields, settings_at
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import (
     Dtype,
@@ -56,14 +56,11 @@ class OptimConfig:
     """Learning rate at the end, as a part of the peak, 0..1."""
 
     def __post_init__(self) -> None:
-        for name in ("lr_memory", "lr_gates", "lr_rest"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"model.optim.{name}={getattr(self, name)} must be above 0")
-        if not self.weight_decay >= 0:
-            raise UserError(f"model.optim.weight_decay={self.weight_decay} must be at least 0")
-        for name in ("beta1", "beta2", "warmup_fraction", "final_lr_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"model.optim.{name}={getattr(self, name)} is outside 0..1")
+        check_fields(self, "lr_memory", "lr_gates", "lr_rest", above=0)
+        check_fields(self, "weight_decay", least=0)
+        check_fields(
+            self, "beta1", "beta2", "warmup_fraction", "final_lr_fraction", least=0, most=1
+        )
 
     def factor(self, step: int, total_steps: int) -> float:
         """Learning rate at an optimizer step, as a part of the peak; never 0."""
@@ -111,14 +108,15 @@ class MoshiTTT(LightningModule):
         optim: OptimConfig = OptimConfig(),
     ) -> None:
         super().__init__()
-        self.config = ModelConfig(
-            source=source,
-            dtype=dtype,
-            context_steps=context_steps,
-            train=train,
-            memory=memory,
-            lora=lora,
-        )
+        with settings_at("model"):
+            self.config = ModelConfig(
+                source=source,
+                dtype=dtype,
+                context_steps=context_steps,
+                train=train,
+                memory=memory,
+                lora=lora,
+            )
         self.loss_config = loss
         self.optim_config = optim
         self.gradient_checkpointing = gradient_checkpointing
@@ -133,8 +131,9 @@ class MoshiTTT(LightningModule):
         Raises:
             UserError: no such model, or one that the config does not fit.
         """
-        self.source = open_source(self.config.source)
-        check_fits(self.config, self.source)
+        with settings_at("model"):
+            self.source = open_source(self.config.source)
+            check_fits(self.config, self.source)
 
     def configure_model(self) -> None:
         """Lightning's hook for expensive construction."""
@@ -142,7 +141,8 @@ class MoshiTTT(LightningModule):
             return
         if not hasattr(self, "source"):
             self.check()
-        self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
+        with settings_at("model"):
+            self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
         # moshi loads in eval mode and Lightning keeps the mode it finds; dropout needs this
         self.lm.train()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from moshi_ttt.attribution.conditions import Condition, Regime
 from moshi_ttt.attribution.evidence import FIRST_PLACE_STEPS
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import check_fields, check_setting
 from moshi_ttt.evaluation.config import STEPS_PAST_2C
 
 
@@ -37,20 +37,20 @@ class MatrixConfig:
     """Of the sampling; every condition draws the same random numbers."""
 
     def __post_init__(self) -> None:
-        for name in ("sinks", "prompts", "seeds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"matrix.{name}={getattr(self, name)} must be at least 1")
-        if not self.capacities or min(self.capacities) < 2:
-            raise UserError(f"matrix.capacities={list(self.capacities)}: give steps of 2 or more")
-        if len(set(self.capacities)) != len(self.capacities):
-            raise UserError(f"matrix.capacities={list(self.capacities)} names one twice")
-        if self.prompts * self.seeds < 4:
-            raise UserError(
-                f"matrix.prompts={self.prompts} x matrix.seeds={self.seeds} are fewer than 4 "
-                "streams, too few for an interval; raise one of them"
-            )
-        if any(start < 1 for start in self.starts):
-            raise UserError(f"matrix.starts={list(self.starts)}: give positions of 1 or more")
+        check_fields(self, "sinks", "prompts", "seeds", least=1)
+        sizes = list(self.capacities)
+        allowed = min(sizes, default=0) >= 2
+        check_setting(allowed, "capacities", sizes, "must be steps of 2 or more")
+        check_setting(len(set(sizes)) == len(sizes), "capacities", sizes, "names one twice")
+        check_setting(
+            self.prompts * self.seeds >= 4,
+            "prompts",
+            self.prompts,
+            f"x seeds={self.seeds} are fewer than 4 streams, too few for an interval; raise one "
+            "of them",
+        )
+        starts = list(self.starts)
+        check_setting(min(starts, default=1) >= 1, "starts", starts, "must be 1 or more")
 
     @property
     def steps(self) -> int:
@@ -61,15 +61,16 @@ class MatrixConfig:
         """Refuse a prompt that hides the first eviction.
 
         Raises:
-            UserError: the smallest ring turns before its surroundings can be compared.
+            SettingError: the smallest ring turns before its surroundings can be compared.
         """
         least = prompt_steps + FIRST_PLACE_STEPS
-        if min(self.capacities) < least:
-            raise UserError(
-                f"matrix.capacities={list(self.capacities)}: with a prompt of {prompt_steps} steps "
-                f"a change can be seen from step {least} on; raise the smallest capacity to that, "
-                "or lower matrix.prompt_sec"
-            )
+        check_setting(
+            min(self.capacities) >= least,
+            "capacities",
+            list(self.capacities),
+            f"turns too early: with a prompt of {prompt_steps} steps a change can be seen from "
+            f"step {least} on; raise the smallest capacity to that, or lower prompt_sec",
+        )
 
 
 def conditions(

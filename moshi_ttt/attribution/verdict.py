@@ -57,7 +57,7 @@ class Verdict:
 
 
 def judge(evidence: Evidence, clock: Clock) -> Verdict:
-    """Decide every hypothesis, and say what there is to explain."""
+    """Decide every hypothesis of docs/finding_the_jump.md, and say what there is to explain."""
     findings = decide(evidence)
     supported = [one.hypothesis for one in findings if one.decision == "supported"]
     if evidence.change == "none":

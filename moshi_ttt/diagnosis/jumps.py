@@ -16,7 +16,7 @@ import numpy as np
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.rises import LayerRise, layer_rises, p_value, place_interval
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, check_bounds
 from moshi_ttt.instruments.events import Event
 from moshi_ttt.instruments.trace import Trace
 
@@ -137,8 +137,7 @@ def find_jumps(
         ("min_ratio", min_ratio, 1.01),
         ("min_score", min_score, 0.0),
     ):
-        if value < least:
-            raise UserError(f"{name}={value} is below {least}; give {least} or more")
+        check_bounds(name, value, least=least)
     rises, levels = [], {}
     for layer in range(trace.input_norm.shape[1]):
         norm = trace.input_norm[:, layer, SETTLE_STEPS:].astype(np.float64)

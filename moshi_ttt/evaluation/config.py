@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import check_fields
 
 STEPS_PAST_2C = 150
 """12 s: how far a run goes beyond the second turn of the ring, unless told otherwise."""
@@ -56,24 +56,11 @@ class LongRunConfig:
     """Steps between two looks at that attention."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "prompts",
-            "seeds",
-            "top_k",
-            "top_k_text",
-            "nll_recordings",
-            "attention_every_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"run.{name}={getattr(self, name)} must be at least 1")
-        for name in ("temperature", "text_temperature", "nll_window_sec", "quality_window_sec"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"run.{name}={getattr(self, name)} must be above 0")
-        for name in ("prompt_sec", "audio_streams", "log_interval_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"run.{name}={getattr(self, name)} must be at least 0")
-        if self.seconds is not None and not self.seconds > 0:
-            raise UserError(f"run.seconds={self.seconds} must be above 0")
+        check_fields(self, "prompts", "seeds", "top_k", "top_k_text", least=1)
+        check_fields(self, "nll_recordings", "attention_every_steps", least=1)
+        check_fields(self, "temperature", "text_temperature", above=0)
+        check_fields(self, "seconds", "nll_window_sec", "quality_window_sec", above=0)
+        check_fields(self, "prompt_sec", "audio_streams", "log_interval_steps", least=0)
 
     def steps(self, clock: Clock, context_steps: int) -> int:
         """Length of the run in steps."""

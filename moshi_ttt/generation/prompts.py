@@ -30,7 +30,7 @@ def choose_prompts(
     if not usable:
         raise UserError(
             f"no held-out recording is as long as the prompt of {prompt_steps} steps; lower "
-            "run.prompt_sec or add a longer recording to data.val_manifest"
+            "prompt_sec or add a longer held-out recording"
         )
     rounds = -(-prompts // len(usable))
     starts = []

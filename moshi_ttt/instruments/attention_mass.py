@@ -16,7 +16,7 @@ from moshi.modules.transformer import StreamingMultiheadAttention, expand_repeat
 from moshi.utils.compile import no_compile
 from torch import Tensor
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import check_fields, check_setting
 from moshi_ttt.model.rings import attention_of, held_positions, ring_of
 
 PARTS = ("first_key", "sinks", "oldest_quarter")
@@ -84,11 +84,13 @@ class AttentionWatch:
     _looks: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "sinks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"attention.{name}={getattr(self, name)} must be at least 1")
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise UserError(f"attention.layers={self.layers} must name distinct layers, e.g. [0]")
+        check_fields(self, "every_n_steps", "sinks", least=1)
+        distinct = 0 < len(self.layers) == len(set(self.layers))
+        self._check_layers(distinct, "must name distinct layers, e.g. [0]")
+
+    def _check_layers(self, holds: bool, rule: str) -> None:
+        # the key of `LongRunConfig`, which is where users name them
+        check_setting(holds, "attention_layers", self.layers, rule)
 
     def prepare(self, lm: LMModel, batch_size: int, max_steps: int) -> None:
         """Make room for a run.
@@ -97,10 +99,10 @@ class AttentionWatch:
             UserError: a layer that the model does not have.
         """
         count = len(lm.transformer.layers)
-        if not all(0 <= layer < count for layer in self.layers):
-            raise UserError(
-                f"attention.layers={self.layers} names a layer outside 0..{count - 1} of the model"
-            )
+        self._check_layers(
+            all(0 <= layer < count for layer in self.layers),
+            f"names a layer outside 0..{count - 1} of the model",
+        )
         self._attentions = [attention_of(lm.transformer.layers[index]) for index in self.layers]
         rows = len(self.layers)
         self._inputs = torch.zeros(batch_size, rows, lm.dim, dtype=lm.dtype, device=lm.device)

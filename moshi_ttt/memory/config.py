@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import check_fields, check_setting
 
 Rule = Literal["ttt_linear", "ttt_mlp", "gated_delta"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -51,17 +51,10 @@ class MemoryConfig:
             "use parallel or post_attention",
         )
         _check("layers", self.layers, _well_formed(self.layers), _LAYERS_RULE)
-        _check("heads", self.heads, self.heads >= 1, "use 1 or more")
-        _check(
-            "head_dim",
-            self.head_dim,
-            self.head_dim is None or self.head_dim >= 2,
-            "use 2 or more, or null for model dimension / heads",
-        )
-        _check(
-            "mini_batch_steps", self.mini_batch_steps, self.mini_batch_steps >= 1, "use 1 or more"
-        )
-        _check("inner_lr", self.inner_lr, self.inner_lr > 0, "use a rate above 0, e.g. 1.0")
+        check_fields(self, "heads", least=1, remedy="use a divisor of the model's channels, e.g. 4")
+        check_fields(self, "head_dim", least=2, remedy="use null for the model's channels / heads")
+        check_fields(self, "mini_batch_steps", least=1, remedy="use e.g. 16")
+        check_fields(self, "inner_lr", above=0, remedy="use e.g. 1.0")
         shortest, longest = self.forgetting_time_steps
         _check(
             "forgetting_time_steps",
@@ -69,12 +62,7 @@ class MemoryConfig:
             0 < shortest <= longest < float("inf"),
             "use [shortest, longest] in steps with 0 < shortest <= longest, e.g. [50, 20000]",
         )
-        _check(
-            "write_gate",
-            self.write_gate,
-            0 < self.write_gate < 1,
-            "use a value strictly between 0 and 1, e.g. 0.03",
-        )
+        check_fields(self, "write_gate", above=0, below=1, remedy="use e.g. 0.03")
 
     def resolved_head_dim(self, dim: int) -> int:
         """Channels of one head in a model of `dim` channels.
@@ -89,7 +77,7 @@ class MemoryConfig:
             self.heads,
             dim % self.heads == 0 and dim // self.heads >= 2,
             f"it must divide the model's {dim} channels into 2 or more a head; "
-            "use such a divisor, or set model.memory.head_dim",
+            "use such a divisor, or set head_dim",
         )
         return dim // self.heads
 
@@ -131,5 +119,4 @@ def _well_formed(layers: list[int] | str) -> bool:
 
 
 def _check(key: str, value: Any, holds: bool, remedy: str) -> None:
-    if not holds:
-        raise UserError(f"model.memory.{key}={value} is not possible: {remedy}")
+    check_setting(holds, key, value, f"is not possible: {remedy}")

@@ -9,7 +9,7 @@ import torch
 from moshi.models.lm import LMModel
 from torch import nn
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import check_fields, check_setting, settings_at
 from moshi_ttt.memory import MemoryConfig, resolve_layers
 from moshi_ttt.model.hybrid import add_memory
 from moshi_ttt.model.lora import LoraConfig, add_lora
@@ -33,17 +33,14 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        if self.train in TRAIN_BASE and self.dtype != "float32":
-            raise UserError(
-                f"model.train={self.train} with model.dtype=bfloat16 would lose small updates of "
-                "the base weights; set model.dtype=float32 (and trainer.precision=bf16-mixed for "
-                "speed)"
-            )
-        if self.context_steps is not None and self.context_steps < 2:
-            raise UserError(
-                f"model.context_steps={self.context_steps} must be at least 2 steps, or null for "
-                "the checkpoint's own"
-            )
+        check_setting(
+            self.train not in TRAIN_BASE or self.dtype == "float32",
+            "train",
+            self.train,
+            f"with dtype={self.dtype} would lose small updates of the base weights; set "
+            "dtype=float32 (and bf16-mixed as the trainer's precision, for speed)",
+        )
+        check_fields(self, "context_steps", least=2, remedy="use null for the checkpoint's own")
 
 
 def check_fits(config: ModelConfig, source: ModelSource) -> None:
@@ -53,8 +50,9 @@ def check_fits(config: ModelConfig, source: ModelSource) -> None:
         UserError: the memory's layers or heads do not fit the model.
     """
     if config.train in WITH_MEMORY:
-        resolve_layers(config.memory.layers, source.num_layers)
-        config.memory.resolved_head_dim(source.dim)
+        with settings_at("memory"):
+            resolve_layers(config.memory.layers, source.num_layers)
+            config.memory.resolved_head_dim(source.dim)
 
 
 def build_lm(
@@ -82,9 +80,11 @@ def build_lm(
     )
     lm.requires_grad_(config.train in TRAIN_BASE)
     if "lora" in config.train:
-        add_lora(lm, config.lora)
+        with settings_at("lora"):
+            add_lora(lm, config.lora)
     if config.train in WITH_MEMORY:
-        add_memory(lm, config.memory)
+        with settings_at("memory"):
+            add_memory(lm, config.memory)
     return lm
 
 

@@ -20,7 +20,7 @@ from moshi.utils.compile import no_compile
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import SettingError, UserError
 from moshi_ttt.memory import MemoryConfig, MemoryRule, MemoryState, build_rule, resolve_layers
 
 
@@ -204,14 +204,15 @@ def add_memory(lm: LMModel, config: MemoryConfig) -> list[int]:
     if hybrid_layers(lm):
         raise UserError(
             f"layers {sorted(hybrid_layers(lm))} already have a memory; "
-            "name all layers at once in model.memory.layers"
+            "name all of them at once in the memory's layers"
         )
     chosen = {index: cast(StreamingTransformerLayer, layers[index]) for index in indices}
     for index, layer in chosen.items():
         if layer.cross_attention is not None or layer.skip_self_attn:
-            raise UserError(
-                f"model.memory.layers={config.layers} names layer {index}, which has "
-                "cross-attention or no self-attention; use a Moshi without conditioning"
+            raise SettingError(
+                "layers",
+                f"={config.layers} names layer {index}, which has cross-attention or no "
+                "self-attention; use a Moshi without conditioning",
             )
     for index, layer in chosen.items():
         branch = MemoryBranch(lm.dim, config).to(device=lm.device, dtype=torch.float32)

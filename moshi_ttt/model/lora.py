@@ -17,7 +17,7 @@ from moshi.models.lm import LMModel
 from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import nn
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import SettingError, UserError, check_fields, check_setting
 
 Target = Literal["qkv", "attention_out", "ffn", "depformer"]
 
@@ -47,18 +47,15 @@ class LoraConfig:
     matrices of the temporal feed-forward), `depformer` (all its matrices and output heads)."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"model.lora.rank={self.rank} must be at least 1")
-        if not self.alpha > 0:
-            raise UserError(f"model.lora.alpha={self.alpha} must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.lora.dropout={self.dropout} is outside 0..1")
-        unknown = set(self.targets) - set(get_args(Target))
-        if unknown or not self.targets:
-            raise UserError(
-                f"model.lora.targets={list(self.targets)} must name one or more of "
-                f"{', '.join(get_args(Target))}"
-            )
+        check_fields(self, "rank", least=1)
+        check_fields(self, "alpha", above=0)
+        check_fields(self, "dropout", least=0, below=1)
+        check_setting(
+            len(self.targets) > 0 and set(self.targets) <= set(get_args(Target)),
+            "targets",
+            list(self.targets),
+            f"must name one or more of {', '.join(get_args(Target))}",
+        )
 
 
 class AdapterAttention(StreamingMultiheadAttention):
@@ -118,8 +115,8 @@ def add_lora(lm: LMModel, config: LoraConfig) -> list[str]:
     for target in config.targets:
         pattern = _PATTERNS[target]
         if not any(_matches(pattern, name, module) for name, module in lm.named_modules()):
-            raise UserError(
-                f"model.lora.targets: {target!r} matches no Linear of this model; remove it"
+            raise SettingError(
+                "targets", f": {target!r} matches no Linear of this model; remove it"
             )
     inject_adapter_in_model(
         PeftLoraConfig(

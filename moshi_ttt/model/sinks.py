@@ -15,7 +15,7 @@ from moshi.modules.rope import RotaryEmbedding
 from moshi.modules.transformer import KVCacheResult, StreamingMultiheadAttention
 from torch import Tensor, nn
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, check_bounds
 from moshi_ttt.model.lora import AdapterAttention
 
 
@@ -183,8 +183,7 @@ class AttentionControls:
             ("sinks", sinks, 0),
             ("start_position", start_position, 0),
         ):
-            if value < least:
-                raise UserError(f"{name}={value} is below {least}; give {least} or more")
+            check_bounds(name, value, least=least)
         if any(attention.is_streaming for attention in self._attentions):
             raise UserError("the model is streaming; its ring cannot change before that ends")
         self._lm.context = context_steps

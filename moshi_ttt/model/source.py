@@ -19,7 +19,8 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import SettingError, UserError
+from moshi_ttt.model.compiling import compile_on_gpu_only
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TINY = "tiny"
@@ -100,6 +101,7 @@ class ModelSource:
                 None keeps the checkpoint's. The depformer is not touched.
             gradient_checkpointing: recompute each layer in the backward pass.
         """
+        compile_on_gpu_only()
         overrides: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing}
         if context_steps is not None:
             overrides["context"] = context_steps
@@ -113,6 +115,7 @@ class ModelSource:
 
     def codec(self, device: torch.device | str = "cpu") -> MimiModel:
         """The codec, in eval mode, without gradients."""
+        compile_on_gpu_only()
         # moshi draws random weights before it loads the real ones: nobody's random numbers may
         # depend on whether something was loaded
         with torch.random.fork_rng():
@@ -160,16 +163,18 @@ def open_source(name: str) -> ModelSource:
     if Path(name).is_dir():
         return ModelSource(name, _folder_info(Path(name)))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"model.source={name!r} is neither `tiny`, `moshi7b-random`, an existing folder nor "
-            "a hub id (owner/name); check the spelling or give the path of a downloaded model"
+        raise SettingError(
+            "source",
+            f"={name!r} is neither `tiny`, `moshi7b-random`, an existing folder nor a hub id "
+            "(owner/name); check the spelling or give the path of a downloaded model",
         )
     try:
         return ModelSource(name, loaders.CheckpointInfo.from_hf_repo(name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"model.source={name!r} could not be fetched from the hub ({error}); check the id and "
-            "the network, or give a local folder with the same files"
+        raise SettingError(
+            "source",
+            f"={name!r} could not be fetched from the hub ({error}); check the id and the "
+            "network, or give a local folder with the same files",
         ) from error
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, settings_at
 from moshi_ttt.files import write_bytes
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import ModelConfig, build_lm, trainable_groups
@@ -69,9 +69,10 @@ def load_trained(
         raise UserError(f"{path} is not a safetensors file ({error}); copy it again") from error
     if metadata.get("format") != "moshi-ttt 1":
         raise UserError(f"{path} holds no moshi-ttt weights; give a file of RUN/checkpoints")
-    config = _config_from_dict(json.loads(metadata["config"]))
-    source = open_source(config.source)
-    lm = build_lm(config, source, device)
+    with settings_at(f"{path}: model"):
+        config = _config_from_dict(json.loads(metadata["config"]))
+        source = open_source(config.source)
+        lm = build_lm(config, source, device)
     expected = {name for group in trainable_groups(lm).values() for name in group}
     if expected != weights.keys():
         raise UserError(f"{path} does not fit its own config; it was written by another version")
@@ -84,6 +85,8 @@ def _config_from_dict(values: dict[str, Any]) -> ModelConfig:
         # JSON has no tuples, and the configs have no other sequences
         return {key: tuple(v) if isinstance(v, list) else v for key, v in part.items()}
 
-    memory = MemoryConfig(**tuples(values.pop("memory")))
-    lora = LoraConfig(**tuples(values.pop("lora")))
+    with settings_at("memory"):
+        memory = MemoryConfig(**tuples(values.pop("memory")))
+    with settings_at("lora"):
+        lora = LoraConfig(**tuples(values.pop("lora")))
     return ModelConfig(**values, memory=memory, lora=lora)

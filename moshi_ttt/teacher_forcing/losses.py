@@ -10,7 +10,7 @@ from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import check_fields
 from moshi_ttt.model.hybrid import BranchStats
 from moshi_ttt.rows import Rows
 
@@ -33,15 +33,14 @@ class LossConfig:
     three quarters of it on."""
 
     def __post_init__(self) -> None:
-        for name in ("text_padding_weight", "first_codebook_weight", "magnitude_reg"):
-            value = getattr(self, name)
-            if not value >= 0:
-                raise UserError(f"model.loss.{name}={value} must be at least 0")
-        if not self.magnitude_target > 0:
-            raise UserError(
-                f"model.loss.magnitude_target={self.magnitude_target} must be above 0; "
-                "to switch the regulariser off set model.loss.magnitude_reg=0"
-            )
+        check_fields(self, "text_padding_weight", "first_codebook_weight", least=0)
+        check_fields(self, "magnitude_reg", least=0)
+        check_fields(
+            self,
+            "magnitude_target",
+            above=0,
+            remedy="to switch the regulariser off set magnitude_reg=0",
+        )
 
 
 def token_nll(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ and talking and listening by turns. A run is 900 steps of 4 layers.
 from __future__ import annotations
 
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.signal import lfilter
 from tqdm import tqdm
 
+from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.diagnosis.jumps import find_jumps
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.instruments.critical import Lengths, critical_steps
@@ -137,12 +138,13 @@ def with_ruptures() -> dict[str, Finder]:
     }
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=100, help="runs of each kind")
-    parser.add_argument("--ruptures", action="store_true", help="the library beside it")
-    options = parser.parse_args()
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add("--trials", type=int, default=100, help="Runs of each kind.")
+    add("--ruptures", action="store_true", help="The library beside it.")
+    options = parse(parser, args)
     finders: dict[str, Finder] = {"find_jumps": ours}
     if options.ruptures:
         finders |= with_ruptures()

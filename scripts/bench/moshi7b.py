@@ -16,6 +16,8 @@ from collections.abc import Callable
 
 import torch
 
+from moshi_ttt.command_line import parse, program_parser
+from moshi_ttt.errors import run_program
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.generation.observer import EachStep, Observer
 from moshi_ttt.instruments.recorder import Recorder
@@ -107,8 +109,9 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Print the table."""
+    parse(program_parser(__doc__), args)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     trained = [(rule, config(rule)) for rule in RULES]
     for rule, chosen in [*trained, ("ttt_linear", config("ttt_linear", mini_batch_steps=64))]:
@@ -128,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -18,7 +18,8 @@ import torch
 from jsonargparse import ArgumentParser
 from moshi.models.lm import LMModel
 
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.command_line import add_device, add_model, parse, program_parser
+from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.generation.observer import EachStep, Observer
 from moshi_ttt.instruments.attention_mass import AttentionWatch
@@ -38,12 +39,12 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     Returns:
         Median milliseconds a step, by kind.
     """
-    options = _parser().parse_args(args)
+    options = parse(_parser(), args)
     if options.steps <= SKIPPED_STEPS + 1:
         raise UserError(f"--steps={options.steps} must be more than {SKIPPED_STEPS + 1}")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = open_source(options.model)
-    lm = _model(source, options.memory, options.context_steps, device)
+    with settings_at("", source="--model"):
+        source = open_source(options.model)
+    lm = _model(source, options.memory, options.context_steps, options.device)
     watched = [0, source.num_layers // 2, source.num_layers - 1]
     kinds: list[Kind] = ["plain", "recorder"]
     if options.attention_every:
@@ -63,7 +64,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
             step_ms = _step_ms(lm, codes, recorder)
             if number:
                 times_ms[kind].append(step_ms)
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{where}, torch {torch.__version__}, {options.model}, memory {options.memory}")
     print(f"{options.streams} streams, {options.steps} steps, {options.repeats} rounds")
     medians: dict[str, float] = {}
@@ -116,9 +117,9 @@ def _step_ms(lm: LMModel, codes: torch.Tensor, recorder: Recorder | None) -> flo
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
+    parser = program_parser(__doc__)
     add: Any = parser.add_argument
-    add("--model", type=str, default=RANDOM_7B, help="Source: moshi7b-random, tiny or a folder.")
+    add_model(parser, default=RANDOM_7B)
     rules = Literal["none", "ttt_linear", "ttt_mlp", "gated_delta"]
     add("--memory", type=rules, default="gated_delta", help="Rule in the last five layers.")
     add("--streams", type=int, default=4, help="Rows of the batch.")
@@ -126,7 +127,7 @@ def _parser() -> ArgumentParser:
     add("--repeats", type=int, default=5, help="Rounds after the one that warms up.")
     add("--context_steps", type=int | None, default=375, help="Ring capacity C.")
     add("--attention_every", type=int, default=0, help="Also with attention mass every n steps.")
-    add("--device", type=str | None, help="Default: cuda if there is one.")
+    add_device(parser)
     return parser
 
 

@@ -19,6 +19,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codes import encode_recording, visible_past_steps
 from moshi_ttt.errors import UserError
+from moshi_ttt.model.compiling import compile_on_gpu_only
 
 _GAP_SEC = 0.4  # between words: cut there
 _MARGIN_SEC = 0.15  # kept around what is cut
@@ -97,6 +98,7 @@ def load_codec(folder: Path) -> MimiModel:
                 "wrote, or one in moshi's layout such as assets/tiny"
             )
     config = json.loads(config_path.read_text())
+    compile_on_gpu_only()
     return loaders.get_mimi(weights, config, num_codebooks=8).requires_grad_(False)
 
 

@@ -11,7 +11,6 @@ after a change of the generator itself, begin in an empty folder.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import soundfile
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from utterance import SAMPLE_RATE
 from voices import HELD_OUT_VOICES, MOSHI_VOICE, USER_VOICES, check_packages, voice
 
+from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_atomic, write_bytes
 
@@ -207,22 +207,23 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--hours", type=float, required=True, help="hours of audio")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="topics, voices and gaps")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything")
-    parser.add_argument(
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add("out", type=Path, help="Folder to write.")
+    add("--hours", type=float, required=True, help="Hours of audio.")
+    add("--split", choices=SPLITS, default="train", help="Topics, voices and gaps.")
+    add("--seed", type=int, default=0, help="Seed of everything.")
+    add(
         "--minutes",
         type=float,
         nargs=2,
-        default=(3.0, 15.0),
+        default=[3.0, 15.0],
         metavar=("SHORTEST", "LONGEST"),
-        help="length of a conversation",
+        help="Length of a conversation.",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--format", choices=FORMATS, default="flac", help="of the sound")
-    arguments = parser.parse_args()
+    add("--workers", type=int, default=os.cpu_count(), help="Processes.")
+    add("--format", choices=FORMATS, default="flac", help="Of the sound.")
+    arguments = parse(parser, None)
     run_program(
         partial(
             main,

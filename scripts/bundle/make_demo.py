@@ -10,14 +10,16 @@ to run.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from make_conversations import Recipe, record, write_manifest
 from voices import check_packages
 
+from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import run_program
+from moshi_ttt.model.source import ASSETS
 
 # split of the generator, length in seconds, names; the validation recording outlasts 185 s, room
 # for a long prompt
@@ -45,11 +47,11 @@ def main(out: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = Path(__file__).resolve().parents[2] / "assets" / "demo"
-    parser.add_argument("--out", type=Path, default=default, help="folder to write")
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add("--out", type=Path, default=ASSETS / "demo", help="Folder to write.")
     # not the seed of the large sets, whose first conversations would begin alike; this one draws
     # every voice once, and for validation the held-out one
-    parser.add_argument("--seed", type=int, default=10, help="seed of text, timing and voices")
-    arguments = parser.parse_args()
+    add("--seed", type=int, default=10, help="Seed of text, timing and voices.")
+    arguments = parse(parser, None)
     run_program(partial(main, arguments.out, arguments.seed))

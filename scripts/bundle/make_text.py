@@ -11,13 +11,13 @@ both. Conversation i depends on the seed and i alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +26,13 @@ from timeline import SPEAKERS, plan
 from tqdm import tqdm
 from utterance import SAMPLE_RATE, Utterance
 
+from moshi_ttt.command_line import add_model, parse, program_parser
 from moshi_ttt.data import CodesFormat, read_manifest
 from moshi_ttt.data.alignments import Word
 from moshi_ttt.data.codes_file import CODES_SUFFIX, write_codes
 from moshi_ttt.data.manifest import raise_together
 from moshi_ttt.data.text import ZERO_TOKEN, lay_text
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.files import write_bytes
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.rows import TEXT_ROW, Rows
@@ -100,7 +101,9 @@ def main(manifest: Path, *, hours: float, model: str, seed: int, workers: int) -
     _, problems = read_manifest(manifest)
     raise_together(str(manifest), problems)
     todo = list(recipes(hours, "train", seed, MINUTES))
-    write = partial(write_text, folder=manifest.parent, source=open_source(model))
+    with settings_at("", source="--model"):
+        source = open_source(model)
+    write = partial(write_text, folder=manifest.parent, source=source)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
         lines = list(tqdm(pool.map(write, todo, chunksize=4), total=len(todo), unit="conversation"))
@@ -110,12 +113,11 @@ def main(manifest: Path, *, hours: float, model: str, seed: int, workers: int) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("manifest", type=Path, help="spoken recordings, whose folder is written to")
-    parser.add_argument("--hours", type=float, required=True, help="hours of text")
-    parser.add_argument(
-        "--model", required=True, help="whose tokenizer: tiny, a folder or a hub id"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    run_program(partial(main, **vars(parser.parse_args())))
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add("manifest", type=Path, help="Spoken recordings, whose folder is written to.")
+    add("--hours", type=float, required=True, help="Hours of text.")
+    add_model(parser, required=True)
+    add("--seed", type=int, default=0, help="Seed of everything.")
+    add("--workers", type=int, default=os.cpu_count(), help="Processes.")
+    run_program(partial(main, **vars(parse(parser, None))))

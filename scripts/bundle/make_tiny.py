@@ -10,13 +10,10 @@ weights in the untrained ones' place, in bf16. `tiny_bundle.sh` runs the whole c
 
 from __future__ import annotations
 
-import argparse
 import math
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-
-import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
 
 import safetensors.torch
 import sentencepiece
@@ -26,6 +23,7 @@ from conversation import sentences
 from moshi.models import LMModel, loaders
 from torch import Tensor, nn
 
+from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_bytes, write_json
 from moshi_ttt.model.source import open_source
@@ -145,16 +143,15 @@ def _write(path: Path, data: bytes) -> None:
     print(f"{path}: {len(data) / 1e6:.2f} MB")
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Begin or finish a folder."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("begin", "finish"), help="before or after LM training")
-    parser.add_argument("folder", type=Path, help="folder in moshi's layout")
-    parser.add_argument(
-        "--trained", type=Path, help="for `finish`: RUN/checkpoints/best.safetensors"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="for `begin`: seed of the weights")
-    arguments = parser.parse_args()
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add("stage", choices=("begin", "finish"), help="Before or after LM training.")
+    add("folder", type=Path, help="Folder in moshi's layout.")
+    add("--trained", type=Path, help="For `finish`: RUN/checkpoints/best.safetensors.")
+    add("--seed", type=int, default=0, help="For `begin`: seed of the weights.")
+    arguments = parse(parser, args)
     if arguments.stage == "begin":
         begin(arguments.folder, arguments.seed)
     elif arguments.trained is None:

@@ -11,15 +11,12 @@ mimi_config.json only.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
-
-import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
 
 import numpy as np
 from codec_copies import ChannelResult, Job, load_codec, measure, phrases
@@ -29,6 +26,7 @@ from timeline import SPEAKERS
 from torchmetrics.functional.text import word_error_rate
 from tqdm import tqdm
 
+from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.data import read_manifest
 from moshi_ttt.data.manifest import raise_together
 from moshi_ttt.errors import UserError, run_program
@@ -138,16 +136,17 @@ def choose_jobs(manifest: Path, codec: Path, words: int, seconds: float) -> list
     return jobs
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("manifest", type=Path, help="recordings with word alignments")
-    parser.add_argument("--codec", type=Path, required=True, help="folder of the codec")
-    parser.add_argument("--out", type=Path, default=Path("codec.json"), help="JSON to write")
-    parser.add_argument("--words", type=int, default=1500, help="to recognise, at least")
-    parser.add_argument("--seconds", type=float, default=120, help="of each recording, at most")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    options = parser.parse_args()
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add("manifest", type=Path, help="Recordings with word alignments.")
+    add("--codec", type=Path, required=True, help="Folder of the codec.")
+    add("--out", type=Path, default=Path("codec.json"), help="JSON to write.")
+    add("--words", type=int, default=1500, help="To recognise, at least.")
+    add("--seconds", type=float, default=120.0, help="Of each recording, at most.")
+    add("--workers", type=int, default=os.cpu_count(), help="Processes.")
+    options = parse(parser, args)
     if importlib.util.find_spec("pocketsphinx") is None:
         raise UserError(
             "pocketsphinx, which recognises the words, is not installed: "

@@ -1,8 +1,8 @@
-"""What the base does before anybody adds a memory: numbers and figures of docs/tiny_moshi.md.
+r"""What the base does before anybody adds a memory: numbers and figures of docs/tiny_moshi.md.
 
     python scripts/bundle/measure_tiny.py                   # the bundle, writes docs/tiny_moshi/
     python scripts/bundle/measure_tiny.py --model build/tiny --train build/train/manifest.jsonl \
-        --heldout build/heldout/manifest.jsonl --out build/baseline
+        --manifest build/heldout/manifest.jsonl --out build/baseline
 
 Held-out loss of each group of rows beside what a unigram and a copying model lose; loss against
 position on stretches that start anywhere behind the greeting of a conversation, which is easier
@@ -12,32 +12,31 @@ gap.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moshi_ttt.teacher_forcing.contexts import clips, nll_by_position
-
-import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
-
 import numpy as np
 import torch
+from jsonargparse import ArgumentParser
 
+from moshi_ttt.command_line import add_device, add_held_out, add_model, parse, program_parser
 from moshi_ttt.data import EncodedRecording, read_recordings
+from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.files import write_bytes, write_json
-from moshi_ttt.model.source import ASSETS, ModelSource, open_source
+from moshi_ttt.model.source import ASSETS, TINY, ModelSource
+from moshi_ttt.model.subject import open_subject
 from moshi_ttt.report import png, recall_figure
 from moshi_ttt.report.figures import nll_figure, norm_figure
 from moshi_ttt.report.recall import gap_positions
 from moshi_ttt.rows import Rows
+from moshi_ttt.teacher_forcing.contexts import clips, nll_by_position
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 
-CONVERSATIONS = ASSETS / "conversations"
 CLIP_SEC = 15.0  # what the LM was trained on
 WINDOW_SEC = 5.0
 NLL_RECORDINGS = 12  # the first ones, for loss and recall of whole recordings
@@ -162,39 +161,27 @@ def long_runs(
     return scalars
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Measure and write `baseline.json` and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="tiny", help="model source (default: tiny)")
-    parser.add_argument("--train", type=Path, default=CONVERSATIONS / "train" / "manifest.jsonl")
-    parser.add_argument(
-        "--heldout", type=Path, default=CONVERSATIONS / "heldout" / "manifest.jsonl"
-    )
-    parser.add_argument("--out", type=Path, default=Path("docs/tiny_moshi"), help="folder to write")
-    parser.add_argument("--runs", type=Path, default=Path("runs/baseline"), help="raw evaluations")
-    parser.add_argument("--seconds", type=float, default=150.0, help="length of the long stretches")
-    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/codes"))
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = open_source(arguments.model)
-    clock = source.clock
-    train = read_recordings(source, arguments.train, arguments.cache_dir)
-    heldout = read_recordings(source, arguments.heldout, arguments.cache_dir)
-    lm = source.lm(device=device)
+    options = parse(_parser(), args)
+    subject = open_subject(options.model, options.device)
+    lm, source, clock = subject.lm, subject.source, subject.source.clock
+    manifest = options.manifest or bundled_held_out(source)
+    train = read_recordings(source, options.train, options.cache_dir)
+    heldout = read_recordings(source, manifest, options.cache_dir)
 
     spacing_steps = clock.steps(SPACING_SEC)
-    stretches = clips(heldout, clock.steps(arguments.seconds), spacing_steps, spacing_steps)
+    stretches = clips(heldout, clock.steps(options.seconds), spacing_steps, spacing_steps)
     if not stretches:
         raise UserError(
-            f"no recording of {arguments.heldout} lasts {arguments.seconds + SPACING_SEC:g} s; "
-            "lower --seconds"
+            f"no recording of {manifest} lasts {options.seconds + SPACING_SEC:g} s; lower --seconds"
         )
     by_position = nll_by_position(lm, stretches, clock.steps(WINDOW_SEC))
     losses = losses_by_group(lm, train, heldout, clock.steps(CLIP_SEC))
-    scalars = long_runs(lm, source, heldout, arguments.seconds, arguments.runs)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    scalars = long_runs(lm, source, heldout, options.seconds, options.runs)
+    options.out.mkdir(parents=True, exist_ok=True)
     write_json(
-        arguments.out / "baseline.json",
+        options.out / "baseline.json",
         {
             "model": source.name,
             "heldout": {
@@ -205,12 +192,26 @@ def main() -> None:
             },
             "nll": losses,
             "nll_by_position": by_position,
-            "recall": Evaluation.load(arguments.runs / "free").recall,
+            "recall": Evaluation.load(options.runs / "free").recall,
             "free": scalars["free"],
             "forced": scalars["forced"],
         },
     )
-    write_figures(arguments.out, by_position, arguments.runs / "free", arguments.runs / "forced")
+    write_figures(options.out, by_position, options.runs / "free", options.runs / "forced")
+
+
+def _parser() -> ArgumentParser:
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add_model(parser, default=TINY)
+    train = ASSETS / "conversations" / "train" / "manifest.jsonl"
+    add("--train", type=Path, default=train, help="Recordings that the baselines are fitted to.")
+    add_held_out(parser)
+    add_device(parser)
+    add("--out", type=Path, default=Path("docs/tiny_moshi"), help="Folder to write.")
+    add("--runs", type=Path, default=Path("runs/baseline"), help="Folder of the raw evaluations.")
+    add("--seconds", type=float, default=150.0, help="Length of the long stretches.")
+    return parser
 
 
 if __name__ == "__main__":

@@ -51,10 +51,10 @@ $PYTHON scripts/bundle/make_conversations.py "$BUILD/more" --split train --seed 
 $PYTHON scripts/encode_manifest.py "$BUILD/more/manifest.jsonl" \
     "$BUILD/conversations/train" --model "$BUILD/tiny"
 $PYTHON scripts/encode_manifest.py "$BUILD/heldout/manifest.jsonl" \
-    "$BUILD/conversations/heldout" --model "$BUILD/tiny" --with-words
+    "$BUILD/conversations/heldout" --model "$BUILD/tiny" --with_words
 $PYTHON scripts/bundle/measure_tiny.py --model "$BUILD/tiny" \
     --train "$BUILD/conversations/train/manifest.jsonl" \
-    --heldout "$BUILD/conversations/heldout/manifest.jsonl" \
+    --manifest "$BUILD/conversations/heldout/manifest.jsonl" \
     --out "$BUILD/baseline" --runs "$BUILD/baseline/runs"
-$PYTHON scripts/measure_context.py "$BUILD/tiny" --out "$BUILD/baseline" \
-    --heldout "$BUILD/conversations/heldout/manifest.jsonl"
+$PYTHON scripts/measure_context.py --model "$BUILD/tiny" --out "$BUILD/baseline" \
+    --manifest "$BUILD/conversations/heldout/manifest.jsonl"

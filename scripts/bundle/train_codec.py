@@ -11,30 +11,31 @@ that is spent.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from pathlib import Path
 from typing import Any
-
-import moshi_ttt  # isort: skip  # noqa: F401 - before moshi: it decides whether moshi compiles
 
 import torch
 from codec_module import LOG_EVERY_UPDATES, CodecTraining
 from codec_recipe import Recipe
 from codec_speech import Speech, span_steps
 from codec_training import CARD, CODEC_CONFIG, codebooks, scale_convolutions, usage_bits
+from jsonargparse import ArgumentParser
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from moshi.models import MimiModel, loaders
 from moshi.utils.compile import no_compile
 
+from moshi_ttt.command_line import add_device, parse, program_parser
 from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.model.compiling import compile_on_gpu_only
 
 
 def build(config: dict[str, Any], speech: Speech, seed: int) -> MimiModel:
     """A codec whose convolutions are scaled to this speech."""
+    compile_on_gpu_only()
     torch.manual_seed(seed)
     codec = loaders.get_mimi(None, config, num_codebooks=config["quantizer"]["n_q"])
     scale_convolutions(codec, speech.pieces(8, 32))
@@ -123,24 +124,27 @@ def _trainer(out: Path, device: str, precision: str | None, progress_bar: bool) 
     )
 
 
-def main() -> None:
-    """Do what the command line says."""
+def _parser() -> ArgumentParser:
     usual = Recipe()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("manifest", type=Path, nargs="+", help="recordings, two channels each")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training, in all")
-    parser.add_argument("--updates", type=float, default=math.inf, help="at most, in all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("bf16-mixed", "32-true"), help="bf16 on a GPU")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.ckpt")
-    parser.add_argument(
-        "--rows", type=int, default=usual.rows, help="pieces of 2.56 s in an update"
-    )
-    parser.add_argument("--peak-lr", type=float, default=usual.peak_lr, help="of the codec")
-    parser.add_argument("--compile", action="store_true", help="compile encoder and decoder")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and pieces")
-    options = parser.parse_args()
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add("manifest", type=Path, nargs="+", help="Recordings, two channels each.")
+    add("--out", type=Path, required=True, help="Folder to write.")
+    add("--minutes", type=float, default=10.0, help="Of training, in all.")
+    add("--updates", type=float, default=math.inf, help="At most, in all.")
+    add_device(parser)
+    add("--precision", choices=("bf16-mixed", "32-true"), help="Null: bf16-mixed on a GPU.")
+    add("--resume", action="store_true", help="Go on from OUT/last.ckpt.")
+    add("--rows", type=int, default=usual.rows, help="Pieces of 2.56 s in an update.")
+    add("--peak_lr", type=float, default=usual.peak_lr, help="Of the codec.")
+    add("--compile", action="store_true", help="Compile encoder and decoder.")
+    add("--seed", type=int, default=0, help="Of weights and pieces.")
+    return parser
+
+
+def main(args: list[str] | None = None) -> None:
+    """Do what the command line says."""
+    options = parse(_parser(), args)
     torch.set_float32_matmul_precision("high")
     recipe = Recipe(
         minutes=options.minutes,

@@ -190,8 +190,15 @@ def test_the_script_ends_in_a_verdict_and_keeps_what_is_finished(
         torch.set_num_threads(threads)
 
 
-def test_the_script_wants_one_kind_of_model() -> None:
+def test_the_script_wants_one_kind_of_model_and_a_matrix_that_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import attribute_jump
 
     with pytest.raises(UserError, match="either --model"):
         attribute_jump.main([])
+    with pytest.raises(UserError, match="either --model"):
+        attribute_jump.main(["--model", "tiny", "--checkpoint", "x.ckpt"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    with pytest.raises(UserError, match=r"^matrix\.sinks=0 must be at least 1"):
+        attribute_jump.main(["--model", "tiny", "--matrix.sinks", "0", "--device", "cpu"])

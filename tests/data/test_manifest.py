@@ -13,7 +13,7 @@ from data_fakes import CLOCK, LetterTokenizer, write_audio, write_manifest, writ
 
 from moshi_ttt.data import ManifestCheck, check_manifest
 from moshi_ttt.data.audio import read_audio
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, run_program
 
 SECONDS = 2.0
 
@@ -210,7 +210,9 @@ def test_the_program_prints_totals_and_exits_by_problems(
     (manifest.parent / "a.wav").unlink()
     assert program.main([str(manifest)]) == 1
     assert "problem: line 1: audio file" in capsys.readouterr().out
-    assert program.main([str(manifest.parent / "none.jsonl")]) == 2
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: program.main([str(manifest.parent / "none.jsonl")]))
+    assert stop.value.code == 2
     assert "error: manifest" in capsys.readouterr().err
 
 

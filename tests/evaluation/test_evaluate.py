@@ -274,6 +274,11 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
         (["--checkpoint", "x.ckpt", "--context_steps", "9"], "--context_steps goes with --model"),
         (["--model", "tiny", "--manifest", "nowhere.jsonl"], "cannot be read"),
         (["--compare", "nowhere", "--out", "x.html"], "nowhere"),
+        (["--model", "nowhere"], "^--model='nowhere' is neither"),
+        (["--model", "tiny", "--seconds", "0"], "^--seconds=0.0 must be above 0"),
+        (["--model", "tiny", "--log-interval", "-1"], "^--log_interval=-1 must be at least 0"),
+        (["--model", "tiny", "--run.prompts", "0"], "^run.prompts=0 must be at least 1"),
+        (["--model", "tiny", "--run.attention_layers", "[6]"], r"^run.attention_layers=\[6\]"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_do(program: Any, args: list[str], message: str) -> None:

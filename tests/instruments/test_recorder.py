@@ -253,7 +253,7 @@ def test_sinks_are_seen_to_be_kept_and_attended_to(make_lm: MakeLM) -> None:
 
 
 def test_a_watch_of_layers_that_do_not_exist_says_so(make_lm: MakeLM) -> None:
-    with pytest.raises(UserError, match=r"attention.layers=\[3\] names a layer outside 0..2"):
+    with pytest.raises(UserError, match=r"attention_layers=\[3\] names a layer outside 0..2"):
         Recorder(make_lm().eval(), STREAMS, STEPS, AttentionWatch([3]))
     with pytest.raises(UserError, match="every_n_steps=0"):
         AttentionWatch([0], every_n_steps=0)

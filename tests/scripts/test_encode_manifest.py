@@ -23,7 +23,7 @@ from moshi_ttt.data import (
 )
 from moshi_ttt.data.codes_file import read_codes, write_codes
 from moshi_ttt.data.encode import encode_manifest
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.model.source import open_source
 from train.data import ConversationData
 
@@ -204,7 +204,9 @@ def test_an_unusable_manifest_is_not_encoded(
     with pytest.raises(UserError, match=r"2 recordings 'a'.*rename"):
         encode(audio_manifest, tmp_path / "codes2")
     (audio_manifest.parent / "a.wav").unlink()
-    assert program.main([str(audio_manifest), str(tmp_path / "codes3")]) == 2
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: program.main([str(audio_manifest), str(tmp_path / "codes3")]))
+    assert stop.value.code == 2
     assert "line 1: audio file" in capsys.readouterr().err
     assert not (tmp_path / "codes3").exists()
 
@@ -215,7 +217,7 @@ def test_the_program_encodes_with_the_bundled_model(
     manifest = write_manifest(tmp_path / "audio/m.jsonl", {"a.wav": 1.0})
     out = tmp_path / "codes"
     args = [str(manifest), str(out), "--with-words", "--cache_dir", str(tmp_path / "cache")]
-    assert program.main(args) == 0
+    program.main(args)
     assert "manifest.jsonl (0.00 MB of codes)" in capsys.readouterr().out
     line = json.loads((out / "manifest.jsonl").read_text())
     assert line == {"path": "a.npz", "duration": 1.04}

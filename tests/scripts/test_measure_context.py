@@ -60,12 +60,12 @@ def test_numbers_and_figure_are_written_for_every_model(
         return [recording(46, 0)]
 
     monkeypatch.setattr(script, "read_recordings", read)
-    monkeypatch.setattr("sys.argv", ["measure_context.py", "tiny", "--out", str(tmp_path)])
-    script.main()
+    arguments = ["--model", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    script.main(arguments)
     assert (tmp_path / "context.png").stat().st_size > 10_000
     written = json.loads((tmp_path / "context.json").read_text())
     assert written["stretches"] == 2
     assert len(written["nll"]["tiny"]["first_codebook"]) == len(SWEEP.context_sec)
     monkeypatch.setattr(script, "read_recordings", lambda *_: [recording(20, 0)])
-    with pytest.raises(UserError, match="--heldout"):
-        script.main()
+    with pytest.raises(UserError, match="--manifest"):
+        script.main(arguments)

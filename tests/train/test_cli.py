@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from moshi_ttt.errors import UserError, run_program
 from train.data import ConversationData
-from train.fit import CONFIGS, FitCLI, main
+from train.fit import FitCLI, main
 from train.module import MoshiTTT, OptimConfig
+from train.recipes import CONFIGS
 
 
 def parse(*args: str) -> FitCLI:
@@ -38,10 +41,73 @@ def test_every_shipped_config_loads_alone_and_with_its_overlays(
 def test_shipped_overlays_are_all_tried() -> None:
     names = {path.name for path in CONFIGS.iterdir()}
     assert names - {n for n in names if n.startswith("long")} == {
+        "base.yaml",
         "moshiko.yaml",
         "moshi7b_random.yaml",
         "tiny_base.yaml",
     }
+
+
+WHOLE = """
+run_dir: runs/long{0}s
+seed_everything: 0
+model:
+  source: tiny
+  train: memory
+  memory:
+    rule: ttt_linear
+    layers: last:2
+  loss:
+    magnitude_reg: 1.0
+    magnitude_target: 0.1
+data:
+  duration_sec: {0}
+  batch_size: 2
+trainer:
+  max_epochs: 4
+  precision: 32-true
+  gradient_clip_val: 1.0
+  log_every_n_steps: 1
+long_generation:
+  every_n_epochs: 4
+"""
+
+
+def resolved(*configs: str | Path) -> dict[str, Any]:
+    args = [part for config in configs for part in ("--config", str(config))]
+    cli = parse(*args, "--trainer.accelerator=cpu")
+    return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+
+
+@pytest.mark.parametrize("duration_sec", [15, 30, 60, 120])
+def test_a_recipe_upon_its_base_is_the_whole_recipe(duration_sec: int, tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text(WHOLE.format(duration_sec))
+    shipped = f"long{duration_sec}s.yaml"
+    whole = resolved(tmp_path / "whole.yaml")
+    assert whole["data"]["duration_sec"] == duration_sec
+    assert resolved(shipped) == whole
+    assert resolved(shipped, "moshiko.yaml") == resolved(tmp_path / "whole.yaml", "moshiko.yaml")
+
+
+def test_a_recipe_of_ones_own_builds_on_what_is_beside_it_or_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    mine = tmp_path / "deep/mine.yaml"
+    mine.write_text("base: long30s.yaml\nmodel:\n  memory: {layers: [1, 3]}\n")
+    found = resolved("deep/mine.yaml")
+    assert found["model"]["memory"] == resolved("long30s.yaml")["model"]["memory"] | {
+        "layers": [1, 3]
+    }
+    assert found["data"]["duration_sec"] == 30
+    assert "base" not in found
+    (tmp_path / "deep/long30s.yaml").write_text("base: base.yaml\ndata: {duration_sec: 45}\n")
+    assert resolved("deep/mine.yaml")["data"]["duration_sec"] == 45
+    assert resolved("deep/mine.yaml")["data"]["batch_size"] == 2
+    mine.write_text("base: nowhere.yaml\n")
+    with pytest.raises(UserError, match=r"base=nowhere\.yaml of .*mine\.yaml"):
+        resolved("deep/mine.yaml")
 
 
 def test_the_recipe_of_the_tiny_base_trains_all_of_moshi_and_adds_nothing() -> None:
@@ -65,10 +131,16 @@ def test_the_recipe_of_the_tiny_base_trains_all_of_moshi_and_adds_nothing() -> N
         ("--data.durations_sec=60", "durations_sec"),
         ("--model.memory.lairs=last:1", "lairs"),
         ("--data.duration_sec=180", "outside 15..120; use 15-120, or set data.allow_any_duration"),
-        ("--model.memory.layers=last:0", "model.memory.layers"),
+        ("--model.memory.layers=last:0", "model.memory.layers=last:0 is not possible"),
+        ("--model.memory.heads=0", "model.memory.heads=0 must be at least 1"),
+        ("--model.lora.dropout=1", "model.lora.dropout=1.0 must be at least 0 and below 1"),
+        ("--model.loss.magnitude_reg=-1", "model.loss.magnitude_reg=-1.0 must be at least 0"),
+        ("--model.context_steps=1", "model.context_steps=1 must be at least 2"),
+        ("--checkpoint.every_n_steps=0", "checkpoint.every_n_steps=0 must be at least 1"),
+        ("--long_generation.every_n_epochs=-1", "long_generation.every_n_epochs=-1 must be"),
         ("--model.optim.lr_memory=-1", "model.optim.lr_memory=-1"),
         ("--model.train=everything", "everything"),
-        ("--long_generation.run.prompts=0", "prompts=0 must be at least 1"),
+        ("--long_generation.run.prompts=0", "long_generation.run.prompts=0 must be at least 1"),
         ("--data.manifest=nowhere.jsonl", "data.manifest=nowhere.jsonl"),
         ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt does not exist"),
         ("--ckpt_path=last", "last.ckpt"),
@@ -105,7 +177,9 @@ def test_help_explains_every_field_of_every_config(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ("--model.memory.layers=[7]", "model.memory.layers=[7] is not possible: the model has 6"),
         ("--model.memory.layers=[7]", "use indices in 0..5"),
+        ("--model.memory.heads=3", "model.memory.heads=3 is not possible"),
         ("--model.memory.heads=3", "must divide the model's 256 channels"),
         ("--model.source=nope", "model.source='nope'"),
     ],

@@ -206,8 +206,8 @@ def test_validating_own_data_on_the_bundled_set_is_pointed_out(
         ("duration_sec", 180.0, "data.duration_sec=180 is outside 15..120; use 15-120, or set"),
         ("duration_sec", 14.9, "data.duration_sec=14.9 is outside 15..120"),
         ("duration_sec", float("nan"), "data.duration_sec=nan is outside"),
-        ("batch_size", 0, "data.batch_size=0 is out of range; use 1 or more"),
-        ("seed", -1, "data.seed=-1 is out of range; use 0 or more"),
+        ("batch_size", 0, "data.batch_size=0 must be at least 1"),
+        ("seed", -1, "data.seed=-1 must be at least 0"),
         ("manifest", "nowhere.jsonl", "data.manifest=nowhere.jsonl does not exist"),
         ("val_manifest", "nowhere.jsonl", "data.val_manifest=nowhere.jsonl does not exist"),
     ],
@@ -225,7 +225,7 @@ def test_any_duration_is_allowed_when_asked_for(
     source: FakeSource, options: dict[str, Any]
 ) -> None:
     assert ConversationData(**options).clip_steps == 13
-    with pytest.raises(UserError, match=r"data\.duration_sec=inf is out of range"):
+    with pytest.raises(UserError, match=r"data\.duration_sec=inf must be at least 1 and below inf"):
         ConversationData(**{**options, "duration_sec": float("inf")})
 
 

@@ -20,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.weights import load_trained
-from train.fit import CONFIGS, FitCLI, main
+from train.fit import FitCLI, main
 from train.module import MoshiTTT
+from train.recipes import CONFIGS
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,96 @@
+"""What the command lines of all programs share: the parser, and the flags that mean the same."""
+
+from __future__ import annotations
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Types and defaults beside each flag, the lines of the description as they are."""
+
+
+def program_parser(description: str | None) -> ArgumentParser:
+    """A parser of the program that `description`, its docstring, tells of."""
+    # the docstring under each config field is its help text
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(description=description, formatter_class=_HelpFormatter)
+
+
+def parse(parser: ArgumentParser, args: Sequence[str] | None, **settings: Any) -> Any:
+    """Parse `args` (None: those of the process); `--cache-dir` means `--cache_dir`.
+
+    Args:
+        parser: of the program.
+        args: what was given.
+        settings: of `ArgumentParser.parse_args`.
+    """
+    given = sys.argv[1:] if args is None else args
+    return parser.parse_args([_underscored(one) for one in given], **settings)
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument[2:].partition("=")
+    return f"--{flag.replace('-', '_')}{equals}{value}"
+
+
+def add_model(parser: ArgumentParser, **settings: Any) -> None:
+    """`--model`, one source unless `settings` (of `add_argument`) say otherwise."""
+    parser.add_argument(
+        "--model",
+        **({"type": str} | settings),
+        help="Model: tiny, moshi7b-random, a folder in moshi's layout or a hub id.",
+    )
+
+
+def add_subjects(parser: ArgumentParser, *, several: bool = False) -> None:
+    """`--model`, `--checkpoint` and `--dtype`: what `open_subject` opens.
+
+    Args:
+        parser: of the program.
+        several: several models may be given.
+    """
+    count: dict[str, Any] = {"nargs": "+"} if several else {}
+    add_model(parser, **count)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        **count,
+        help="Trained model: a .ckpt of a run (the .safetensors beside it is read).",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "bfloat16"] | None,
+        help="Weights' type, with --model only; null: float32.",
+    )
+
+
+def add_device(parser: ArgumentParser) -> None:
+    """`--device`: the GPU where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=str, default=default, help="Where the model runs.")
+
+
+def add_cache_dir(parser: ArgumentParser) -> None:
+    """`--cache_dir`, where encoded audio is kept."""
+    parser.add_argument(
+        "--cache_dir", type=Path, default=Path(".cache/codes"), help="Cache of encoded audio."
+    )
+
+
+def add_held_out(parser: ArgumentParser) -> None:
+    """`--manifest` and `--cache_dir`: the recordings that a model is examined with."""
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        help="Held-out recordings; null: the bundled ones, as the model can read them.",
+    )
+    add_cache_dir(parser)

@@ -1,0 +1,81 @@
+"""A model to examine: plain Moshi from a source, or what was trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from moshi.models.lm import LMModel
+
+from moshi_ttt.errors import UserError, settings_at
+from moshi_ttt.model.build import Dtype
+from moshi_ttt.model.source import ModelSource, open_source
+from moshi_ttt.model.weights import load_trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to examine, and what is known of it."""
+
+    lm: LMModel
+    """In eval mode."""
+    source: ModelSource
+    """Whose codec, tokenizer and clock go with it."""
+    trained_steps: int | None
+    """Clip length of its training in steps; None: unknown."""
+    label: str
+    """What a report calls it."""
+
+
+def open_subject(
+    name: str | Path,
+    device: torch.device | str,
+    *,
+    dtype: Dtype | None = None,
+    context_steps: int | None = None,
+) -> Subject:
+    """Open a source, or a trained checkpoint.
+
+    Args:
+        name: of a source, as `open_source` has it; or the path of a checkpoint, as `load_trained`
+            has it: a `Path`, or a name that ends in .ckpt or .safetensors.
+        device: where to put the model.
+        dtype: weights' type of a source; None: float32.
+        context_steps: ring capacity C of a source; None: its own.
+
+    Raises:
+        UserError: no such model; type or capacity of a checkpoint, which has its own.
+    """
+    if is_checkpoint(name):
+        for key, value in (("context_steps", context_steps), ("dtype", dtype)):
+            if value is not None:
+                raise UserError(f"--{key} goes with --model; a checkpoint brings its own")
+        path = Path(name)
+        lm, source, _, trained_steps = load_trained(path, device)
+        label = f"{_run_folder(path).parent.name}/{_run_folder(path).name} {path.stem}"
+        return Subject(lm=lm, source=source, trained_steps=trained_steps, label=label)
+    with settings_at("", source="--model"):
+        source = open_source(str(name))
+    lm = source.lm(
+        device=device, dtype=getattr(torch, dtype or "float32"), context_steps=context_steps
+    )
+    return Subject(lm=lm, source=source, trained_steps=None, label=f"{source.name} (vanilla)")
+
+
+def is_checkpoint(name: str | Path) -> bool:
+    """Whether a name means a trained checkpoint."""
+    return isinstance(name, Path) or Path(name).suffix in (".ckpt", ".safetensors")
+
+
+def short_name(name: str | Path) -> str:
+    """What a model is called in the names of files."""
+    path = Path(name)
+    if is_checkpoint(name):
+        return f"{_run_folder(path).parent.name}-{_run_folder(path).name}-{path.stem}"
+    return path.name
+
+
+def _run_folder(checkpoint: Path) -> Path:
+    """Of `RUN/checkpoints/last.ckpt`, `RUN`."""
+    return checkpoint.absolute().parent.parent

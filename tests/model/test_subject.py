@@ -1,0 +1,57 @@
+"""A model to examine is opened in one way, whatever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moshi_ttt.errors import UserError
+from moshi_ttt.model.build import ModelConfig, build_lm, trainable_groups
+from moshi_ttt.model.hybrid import hybrid_layers
+from moshi_ttt.model.source import ASSETS, open_source
+from moshi_ttt.model.subject import open_subject, short_name
+from moshi_ttt.model.weights import save_trained
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ModelConfig(source="tiny", dtype="float32", context_steps=20, train="memory")
+    groups = trainable_groups(build_lm(config, open_source("tiny")))
+    path = tmp_path_factory.mktemp("runs") / "long60s/000/checkpoints/best.safetensors"
+    path.parent.mkdir(parents=True)
+    weights = {name: one for group in groups.values() for name, one in group.items()}
+    save_trained(path, weights, config, trained_steps=25)
+    return path
+
+
+@pytest.mark.parametrize("name", ["tiny", str(ASSETS / "tiny")])
+def test_a_source_is_opened_as_it_is(name: str) -> None:
+    subject = open_subject(name, "cpu", dtype="bfloat16", context_steps=12)
+    assert subject.lm.context == 12
+    assert subject.lm.dtype == torch.bfloat16
+    assert subject.trained_steps is None
+    assert subject.label == f"{name} (vanilla)"
+    assert short_name(name) == "tiny"
+    assert not hybrid_layers(subject.lm)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_checkpoint_is_opened_by_either_of_its_files(
+    checkpoint: Path, suffix: str, kind: type[str] | type[Path]
+) -> None:
+    name = kind(checkpoint.with_suffix(suffix))
+    subject = open_subject(name, "cpu")
+    assert subject.lm.context == 20
+    assert subject.trained_steps == 25
+    assert subject.label == "long60s/000 best"
+    assert short_name(name) == "long60s-000-best"
+    assert list(hybrid_layers(subject.lm)) == [5]
+
+
+@pytest.mark.parametrize("own", [{"context_steps": 12}, {"dtype": "float32"}])
+def test_what_a_checkpoint_brings_cannot_be_chosen(checkpoint: Path, own: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(own))} goes with --model"):
+        open_subject(checkpoint, "cpu", **own)

@@ -1,0 +1,57 @@
+"""Flags that mean the same in every program are spelt the same."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moshi_ttt.command_line import add_held_out, add_subjects, parse, program_parser
+
+PROGRAMS = sorted(
+    path
+    for path in (Path(__file__).parents[1] / "scripts").rglob("*.py")
+    if "__main__" in path.read_text()
+)
+
+
+def parser() -> Any:
+    made = program_parser("Tests.")
+    add_subjects(made, several=True)
+    add_held_out(made)
+    return made
+
+
+def test_dashes_in_flags_mean_underscores_and_stay_in_values() -> None:
+    for flag in ("--cache_dir", "--cache-dir"):
+        for args in ([flag, "a-b/c"], [f"{flag}=a-b/c"]):
+            assert parse(parser(), args).cache_dir == Path("a-b/c")
+
+
+def test_sources_are_names_and_checkpoints_are_paths() -> None:
+    options = parse(parser(), ["--model", "tiny", "a/b", "--checkpoint", "x/last.ckpt"])
+    assert options.model == ["tiny", "a/b"]
+    assert options.checkpoint == [Path("x/last.ckpt")]
+    assert options.manifest is None
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_every_program_explains_itself_with_the_common_spellings(
+    program: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(program), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(program), run_name="__main__")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    documented = program.read_text().split('"""')[1].splitlines()[0]
+    assert documented in shown
+    flags = re.findall(r"^  (--[\w.-]+)", shown, flags=re.MULTILINE)
+    assert not [flag for flag in flags if "-" in flag[2:]]
+    assert not {"--source", "--heldout"} & set(flags)
+    # jsonargparse prints defaults itself
+    helped = re.sub(r"\s+", " ", shown)
+    assert not re.search(r"default: [^()]*\(type:", helped, flags=re.IGNORECASE)
