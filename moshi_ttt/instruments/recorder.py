@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -201,7 +201,9 @@ class Recorder:
         # write gates and forgetting rates, [B, M, H], averaged over the heads
         self._write("write_gate", torch.cat(seen["write"], dim=1).sigmoid().mean(dim=-1))
         if seen["forget"]:
-            log_rates = self._log_rates + torch.cat(seen["forget"], dim=1)
+            rules = [cast(GatedDelta, layer.branch.rule) for layer in self._hybrids.values()]
+            rates = [rule.log_rates(raw) for rule, raw in zip(rules, seen["forget"], strict=True)]
+            log_rates = torch.cat(rates, dim=1)
             self._write("forgetting", log_rates.exp().mean(dim=-1))
         updates = [layer.branch.updates() for layer in self._hybrids.values()]
         self._write("inner_updates", torch.stack(updates, dim=1))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from moshi_ttt.memory.config import MemoryConfig, resolve_layers
 from moshi_ttt.memory.gated_delta import GatedDelta
+from moshi_ttt.memory.projections import Corrected
 from moshi_ttt.memory.rule import MemoryRule, MemoryState
 from moshi_ttt.memory.ttt import TTTMLP, TTTLinear
 
-__all__ = ["MemoryConfig", "MemoryRule", "MemoryState", "build_rule", "resolve_layers"]
+__all__ = ["Corrected", "MemoryConfig", "MemoryRule", "MemoryState", "build_rule", "resolve_layers"]
 
 _RULES: dict[str, type[MemoryRule]] = {
     "ttt_linear": TTTLinear,
@@ -17,9 +18,5 @@ _RULES: dict[str, type[MemoryRule]] = {
 
 
 def build_rule(config: MemoryConfig, dim: int) -> MemoryRule:
-    """The rule that `config` names, for inputs of `dim` channels.
-
-    Raises:
-        UserError: the heads do not divide `dim`.
-    """
+    """The rule that the fitted `config` names, for inputs of `dim` channels."""
     return _RULES[config.rule](dim, config)

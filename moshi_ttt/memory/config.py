@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,8 +21,19 @@ class MemoryConfig:
     """Layers that get a memory: `last:N`, `every:N` (the last of each N), or a list of indices."""
     placement: Literal["parallel", "post_attention"] = "parallel"
     """What the memory reads and joins: the normed input of attention, or attention's output."""
-    heads: int = 4
-    """Independent memories side by side, each with its own forgetting time."""
+    projections: Literal["own", "attention", "shared"] = "own"
+    """Where queries, keys, values and the read-out come from: `own` starts at random; `attention`
+    starts as a copy of the layer's attention (before its rotation); `shared` uses attention's own
+    frozen projections and learns a low-rank correction to them, which costs few parameters and
+    reads no weight twice. The latter two need placement=parallel."""
+    rank: int = 16
+    """Rank of the corrections of `shared` projections; the others do not use it."""
+    gate_init: float = 0.0
+    """Where the output gates start; 0 starts as Moshi itself, bit for bit. What is added is at most
+    tanh of it times the norm of the residual."""
+    heads: int | None = None
+    """Independent memories side by side, each with its own forgetting time; None: as many as
+    attention has heads."""
     head_dim: int | None = None
     """Channels of a head's keys and values; a head stores head_dim^2 fast weights (ttt_mlp:
     8 x head_dim^2). None: model dimension / heads."""
@@ -48,7 +60,23 @@ class MemoryConfig:
             "use parallel or post_attention",
         )
         _check("layers", self.layers, _well_formed(self.layers), _LAYERS_RULE)
-        _check("heads", self.heads, self.heads >= 1, "use 1 or more")
+        _check(
+            "projections",
+            self.projections,
+            self.projections in PROJECTIONS,
+            f"use one of {', '.join(PROJECTIONS)}",
+        )
+        _check(
+            "projections",
+            self.projections,
+            self.projections == "own" or self.placement == "parallel",
+            "attention projects the normed input, which only placement=parallel reads; use own",
+        )
+        _check("rank", self.rank, self.rank >= 1, "use 1 or more")
+        _check(
+            "gate_init", self.gate_init, abs(self.gate_init) < 10, "use a small number, e.g. 0.1"
+        )
+        _check("heads", self.heads, self.heads is None or self.heads >= 1, "use 1 or more, or null")
         _check(
             "head_dim",
             self.head_dim,
@@ -73,25 +101,34 @@ class MemoryConfig:
             "use a value strictly between 0 and 1, e.g. 0.03",
         )
 
-    def resolved_head_dim(self, dim: int) -> int:
-        """Channels of one head in a model of `dim` channels.
+    def fitted(self, dim: int, attention_heads: int) -> MemoryConfig:
+        """The same with `heads` and `head_dim` in numbers, for a layer of `dim` channels.
 
         Raises:
-            UserError: `head_dim` is not set and `heads` does not divide `dim`.
+            UserError: the heads do not divide `dim`, or do not fit attention's projections.
         """
-        if self.head_dim is not None:
-            return self.head_dim
+        heads = self.heads or attention_heads
+        if self.head_dim is None:
+            _check(
+                "heads",
+                heads,
+                dim % heads == 0 and dim // heads >= 2,
+                f"it must divide the model's {dim} channels into 2 or more a head; "
+                "use such a divisor, or set model.memory.head_dim",
+            )
+        head_dim = self.head_dim or dim // heads
         _check(
-            "heads",
-            self.heads,
-            dim % self.heads == 0 and dim // self.heads >= 2,
-            f"it must divide the model's {dim} channels into 2 or more a head; "
-            "use such a divisor, or set model.memory.head_dim",
+            "head_dim",
+            head_dim,
+            self.projections == "own" or heads * head_dim == dim,
+            f"projections={self.projections} have the model's {dim} channels; use null for model "
+            "dimension / heads, or projections=own",
         )
-        return dim // self.heads
+        return dataclasses.replace(self, heads=heads, head_dim=head_dim)
 
 
 RULES = ("ttt_linear", "ttt_mlp", "gated_delta")
+PROJECTIONS = ("own", "attention", "shared")
 _LAYERS_RULE = "use last:N, every:N or a list of distinct layer indices, e.g. [25, 26]"
 
 

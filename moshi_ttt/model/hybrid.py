@@ -15,13 +15,20 @@ from typing import NamedTuple, cast
 import torch
 from moshi.models.lm import LMModel
 from moshi.modules.streaming import State, StreamingContainer, StreamingModule
-from moshi.modules.transformer import StreamingTransformerLayer
+from moshi.modules.transformer import StreamingMultiheadAttention, StreamingTransformerLayer
 from moshi.utils.compile import no_compile
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moshi_ttt.errors import UserError
-from moshi_ttt.memory import MemoryConfig, MemoryRule, MemoryState, build_rule, resolve_layers
+from moshi_ttt.memory import (
+    Corrected,
+    MemoryConfig,
+    MemoryRule,
+    MemoryState,
+    build_rule,
+    resolve_layers,
+)
 
 
 class BranchStats(NamedTuple):
@@ -44,6 +51,13 @@ class BranchStats(NamedTuple):
     def raw_ratio(self) -> Tensor:
         """The same before the gate, [B, T]."""
         return self.raw_norm / self.residual_norm
+
+
+class Shared(NamedTuple):
+    """What a memory borrows from the attention of its layer."""
+
+    qkv: Tensor  # [B, T, 3 D] attention's projections of the normed input, before the rotation
+    out_proj: nn.Module  # [..., D] to [..., D]
 
 
 @dataclass
@@ -72,21 +86,26 @@ class MemoryBranch(StreamingModule[_BranchState]):
     branch is tanh(gate) u rms(residual), so that its norm is at most max |tanh(gate)| times the
     residual's, by construction. Unbounded: gate z.
 
-    The gate starts at 0 and the projection does not, so the gate gets a gradient at once.
+    A gate that starts at 0 gets a gradient at once, because the projection does not.
     """
 
     def __init__(self, dim: int, config: MemoryConfig) -> None:
         """Create and initialise the parameters for a stream of `dim` channels.
 
-        Raises:
-            UserError: the heads do not divide `dim`.
+        Args:
+            dim: channels of the residual stream.
+            config: fitted to the model.
         """
         super().__init__()
         self.bounded = config.bounded_readout
         self.rule = build_rule(config, dim)
-        self.out_proj = nn.Linear(self.rule.width, dim, bias=False)
-        nn.init.normal_(self.out_proj.weight, std=self.rule.width**-0.5)
-        self.gate = nn.Parameter(torch.zeros(dim))
+        self.out_proj: nn.Module
+        if config.projections == "shared":
+            self.out_proj = Corrected(self.rule.width, dim, config.rank)
+        else:
+            self.out_proj = nn.Linear(self.rule.width, dim, bias=False)
+            nn.init.normal_(self.out_proj.weight, std=self.rule.width**-0.5)
+        self.gate = nn.Parameter(torch.full((dim,), config.gate_init))
         self.observer: Callable[[BranchStats], None] | None = None
         """Called in every forward; inside a CUDA graph only when it is captured."""
 
@@ -103,23 +122,39 @@ class MemoryBranch(StreamingModule[_BranchState]):
         assert self._streaming_state is not None, "inner updates are counted while streaming"
         return self._streaming_state.memory["updates"]
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    @torch.no_grad()
+    def copy_attention(self, attention: StreamingMultiheadAttention) -> None:
+        """Begin with attention's own projections, in place of random ones."""
+        for mine, theirs in (
+            (self.rule.qkv, attention.in_projs[0]),
+            (self.out_proj, attention.out_projs[0]),
+        ):
+            cast(nn.Linear, mine).weight.copy_(cast(nn.Linear, theirs).weight)
+
+    def forward(self, x: Tensor, residual: Tensor, shared: Shared | None = None) -> Tensor:
         """The branch for T steps.
 
         Args:
             x: normed input of the memory, [B, T, D].
             residual: stream the branch will be added to, [B, T, D].
+            shared: attention's projections, if they are shared.
 
         Returns:
             [B, T, D], fp32 or wider.
         """
-        state = self._streaming_state
+        state, qkv = self._streaming_state, None if shared is None else shared.qkv
         if state is None:
-            y, _ = self.rule(x)
+            y, _ = self.rule(x, shared_qkv=qkv)
         else:
-            y, memory = self.rule(x, state.memory)
+            y, memory = self.rule(x, state.memory, qkv)
             state.commit(memory)
-        z = self.out_proj(y.to(self.out_proj.weight.dtype)).to(self.rule.dtype)
+        y = y.to(self.gate.dtype)
+        if shared is None:
+            z = self.out_proj(y)
+        else:
+            borrowed = shared.out_proj(y.to(cast(Tensor, shared.out_proj.weight).dtype))
+            z = self.out_proj(y, borrowed.to(y.dtype))
+        z = z.to(self.rule.dtype)
         residual = residual.to(self.rule.dtype)
         gate = self.gate.to(self.rule.dtype)
         if self.bounded:
@@ -153,30 +188,54 @@ class HybridLayer(StreamingContainer):
     `post_attention`: h = x + attention(n(x)), then h + branch(h / rms(h)), relative to h.
     """
 
-    def __init__(self, base: StreamingTransformerLayer, branch: MemoryBranch, placement: str):
+    def __init__(self, base: StreamingTransformerLayer, branch: MemoryBranch, config: MemoryConfig):
         """Wrap `base`, which must have self-attention and no cross-attention."""
         super().__init__()
         assert base.cross_attention is None
         assert not base.skip_self_attn
         self.base = base
         self.branch = branch
-        self.placement = placement
+        self.placement = config.placement
+        self.shares = config.projections == "shared"
 
     def forward(self, x: Tensor, cross_attention_src: Tensor | None = None) -> Tensor:
         """The layer's output [B, T, D] for its input x [B, T, D], in the type Moshi gives it."""
         assert cross_attention_src is None
         # as upstream: off a GPU, compiling costs more than it gives
         with nullcontext() if x.is_cuda else no_compile():
-            h = self.base._sa_block(x)
-            if self.placement == "parallel":
+            if self.shares:
+                attention = self.base.self_attn
+                # attention's input is the memory's: both use what this projection makes of it
+                with _output_of(attention.in_projs[0]) as projected:
+                    h = self.base._sa_block(x)
+                shared = Shared(projected[0], attention.out_projs[0])
+                branch = self.branch(self.base.norm1(x), residual=x, shared=shared)
+            elif self.placement == "parallel":
+                h = self.base._sa_block(x)
                 branch = self.branch(self.base.norm1(x), residual=x)
             else:
+                h = self.base._sa_block(x)
                 wide = h.to(self.branch.rule.dtype)
                 branch = self.branch(F.rms_norm(wide, wide.shape[-1:], eps=1e-8), residual=h)
             h = self.base._ff_block(h + branch.to(h.dtype))
             if self.base._streaming_state is not None:
                 self.base._streaming_state.offset_cpu += x.shape[1]
             return h
+
+
+@contextmanager
+def _output_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a module gives inside the scope."""
+    outputs: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def add_memory(lm: LMModel, config: MemoryConfig) -> list[int]:
@@ -213,9 +272,18 @@ def add_memory(lm: LMModel, config: MemoryConfig) -> list[int]:
                 f"model.memory.layers={config.layers} names layer {index}, which has "
                 "cross-attention or no self-attention; use a Moshi without conditioning"
             )
+        if config.projections != "own" and layer.self_attn.kv_repeat > 1:
+            raise UserError(
+                f"model.memory.projections={config.projections}: attention of layer {index} has "
+                "fewer keys than queries, so its projections do not fit; use own"
+            )
+    fitted = config.fitted(lm.dim, chosen[indices[0]].self_attn.num_heads)
     for index, layer in chosen.items():
-        branch = MemoryBranch(lm.dim, config).to(device=lm.device, dtype=torch.float32)
-        layers[index] = HybridLayer(layer, branch, config.placement)
+        branch = MemoryBranch(lm.dim, fitted)
+        if config.projections == "attention":
+            branch.copy_attention(layer.self_attn)
+        branch.to(device=lm.device, dtype=torch.float32)
+        layers[index] = HybridLayer(layer, branch, config)
     return indices
 
 

@@ -78,6 +78,11 @@ class ModelSource:
         return int(self._lm_config["num_layers"])
 
     @property
+    def num_heads(self) -> int:
+        """Attention heads of the temporal transformer."""
+        return int(self._lm_config["num_heads"])
+
+    @property
     def clock(self) -> Clock:
         """Time units of the codec."""
         config: dict[str, Any] = self._info.mimi_config or loaders._mimi_config

@@ -18,7 +18,7 @@ class GatedDelta(MemoryRule):
 
     `S <- alpha S; S <- S + beta k (v - k'S)'; y = q'S`: online gradient descent on
     1/2 |k'S - v|^2 with rate beta (the write gate) and a data-dependent decay alpha =
-    exp(-exp(log_rate + w.x)), whose time constant starts at the head's forgetting time.
+    exp(-exp(min(log_rate + w.x, 0))), whose time constant starts at the head's forgetting time.
 
     The state holds `memory`, S [B, H, dh, dh], keys by values, which starts at a learned value;
     and `updates`, int64 [B], one a step.
@@ -42,9 +42,17 @@ class GatedDelta(MemoryRule):
             "updates": torch.zeros(batch_size, dtype=torch.int64, device=self.initial.device),
         }
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        log_rate = self.log_rate.to(self.dtype).view(-1, 1, 1) + self._per_head(self.forget(x))
-        return (*super()._project(x), -log_rate.exp())
+    def log_rates(self, forget: Tensor) -> Tensor:
+        """Log of the rate of forgetting a step from what `forget` gave, [..., H].
+
+        At most 0, a forgetting time of one step: beyond it there is no memory to speak of, and
+        differences of decays within a chunk would lose their digits.
+        """
+        return (self.log_rate + forget).clamp(max=0.0)
+
+    def _project(self, x: Tensor, shared_qkv: Tensor | None) -> tuple[Tensor, ...]:
+        log_rate = self._per_head(self.log_rates(self.forget(x).to(self.dtype)))
+        return (*super()._project(x, shared_qkv), -log_rate.exp())
 
     def _chunk_lengths(self, steps: int, state: MemoryState | None) -> Sequence[int]:
         full, tail = divmod(steps, _CHUNK_STEPS)

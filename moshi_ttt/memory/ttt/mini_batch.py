@@ -58,7 +58,7 @@ class MiniBatchRule(MemoryRule):
 
     def init_state(self, batch_size: int) -> MemoryState:
         """The learned initial fast weights for each row; differentiable."""
-        count = torch.zeros(batch_size, dtype=torch.int64, device=self.qkv.weight.device)
+        count = torch.zeros(batch_size, dtype=torch.int64, device=self.write.weight.device)
         state = {"phase": count, "updates": count}
         for name, w0 in self.initial.items():
             state[name] = w0.to(self.dtype).expand(batch_size, *w0.shape)
