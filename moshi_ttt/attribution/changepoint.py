@@ -9,6 +9,7 @@ the curve: a resampled set of streams has the weighted mean of the streams' cont
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.stats import norm, t
@@ -16,6 +17,9 @@ from scipy.stats import norm, t
 WINDOW_STEPS = 40  # 3.2 s before and after; the shortest ring of the tiny matrix holds it twice
 GAP_STEPS = 15  # left out on both sides of a *predicted* place: a change this near counts in full
 RESAMPLES = 1000
+MIN_LOG_RATIO = float(np.log(1.1))  # a smaller change of the norm is not called one
+
+Presence = Literal["present", "absent", "unclear"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,17 @@ class Interval:
 
 
 UNKNOWN = Interval(float("nan"), float("nan"), float("nan"))
+
+
+def presence(log_ratio: Interval) -> Presence:
+    """Whether a rise of the norm is there, is not, or cannot be told."""
+    if not log_ratio.known:
+        return "unclear"
+    # searched for in several layers and at several capacities: 95 % would be too easily passed
+    certain = log_ratio.value - 1.5 * (log_ratio.value - log_ratio.low) > 0
+    if certain and log_ratio.low > MIN_LOG_RATIO / 2 and log_ratio.value >= MIN_LOG_RATIO:
+        return "present"
+    return "absent" if log_ratio.high < MIN_LOG_RATIO else "unclear"
 
 
 def resampled_weights(
@@ -181,3 +196,9 @@ def growth(level: np.ndarray, *, window_steps: int = 100) -> np.ndarray:
     if window < 1:
         return np.full(level.shape[:-1], np.nan)
     return np.asarray(level[..., -window:].mean(axis=-1) - level[..., :window].mean(axis=-1))
+
+
+def linear_slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Least-squares slope of y [N, B] on x [N], [B]."""
+    centred = x - x.mean()
+    return np.asarray(centred @ (y - y.mean(axis=0)) / (centred @ centred))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -32,6 +32,12 @@ class Condition:
     trained_steps: int | None = None
     """Clip length that the model was trained on."""
     has_memory: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether Moshi runs free and nothing is changed; the user may be either."""
+        plain = replace(self, sinks=0, start_position=0, gates_shut=False)
+        return self == plain and self.regime != "forced"
 
     @property
     def name(self) -> str:

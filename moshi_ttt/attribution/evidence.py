@@ -1,14 +1,14 @@
 """What controlled generations say about a change of the norm: arrays in, evidence out.
 
 Conditions differ in one thing at a time and share prompts and seeds, so streams are compared in
-pairs; intervals come from resampling prompts and streams. `attribution.verdict` turns the
-evidence into a decision for each hypothesis.
+pairs; intervals come from resampling prompts and streams. `attribution.hypotheses` decides each
+explanation from this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -19,20 +19,18 @@ from moshi_ttt.attribution.changepoint import (
     UNKNOWN,
     WINDOW_STEPS,
     Interval,
-    contrasts,
+    Presence,
     growth,
     held_out,
+    linear_slope,
     onset,
     peaks,
-    resampled_weights,
+    presence,
 )
-from moshi_ttt.attribution.conditions import SETTLE_STEPS, Cell, Condition, Regime
+from moshi_ttt.attribution.conditions import SETTLE_STEPS, Condition
+from moshi_ttt.attribution.runs import MIN_STREAMS, Runs
 
-MIN_LOG_RATIO = float(np.log(1.1))  # a smaller change of the norm is not called one
-MIN_STREAMS = 4
 FIRST_PLACE_STEPS = SETTLE_STEPS + WINDOW_STEPS + GAP_STEPS  # after the prompt; first place seen
-
-Presence = Literal["present", "absent", "unclear"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,83 +45,8 @@ class Location:
     """Place of the largest rise; meaningful where one is present."""
 
 
-class Evidence:
-    """Everything the verdict needs, computed from the cells when it is asked for.
-
-    Args:
-        cells: plain runs of at least one capacity, and whatever interventions were made; equal
-            streams in all of them. The first plain run tells what the user does in the others.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: no reference cell, or cells with different streams.
-    """
-
-    def __init__(self, cells: Sequence[Cell], seed: int = 0) -> None:
-        self._cells = {cell.condition: cell for cell in cells}
-        first = next((c.condition for c in cells if _is_plain(c.condition)), None)
-        if first is None:
-            raise ValueError("no reference cell: a free run without any intervention")
-        self.model = first.model
-        self.regime: Regime = first.regime
-        self.prompts = self._cells[first].prompts
-        if any(not np.array_equal(cell.prompts, self.prompts) for cell in cells):
-            raise ValueError("the cells do not hold the same streams")
-        self.weights = resampled_weights(self.prompts, seed=seed)
-        self.references: dict[int, Condition] = {
-            condition.context_steps: condition
-            for condition in sorted(self._cells, key=lambda one: one.context_steps)
-            if self._is_reference(condition) and condition.model == self.model
-        }
-        self.layer = self._most_changed_layer()
-
-    def _is_reference(self, one: Condition) -> bool:
-        return _is_plain(one) and one.regime == self.regime
-
-    @property
-    def conditions(self) -> list[Condition]:
-        """All conditions, in the order given."""
-        return list(self._cells)
-
-    def where(self, of: Callable[[Condition], bool]) -> list[Condition]:
-        """Conditions of the first model that differ from a reference as `of` says."""
-        return [one for one in self._cells if one.model == self.model and of(one)]
-
-    def curve(self, condition: Condition) -> np.ndarray:
-        """Log norm of the examined layer after the prompt, [S, T']."""
-        return self._curve(condition, self.layer)
-
-    def _curve(self, condition: Condition, layer: int) -> np.ndarray:
-        cell = self._cells[condition]
-        return np.asarray(cell.log_norm[:, layer, cell.first_step :], dtype=float)
-
-    def first_step(self, condition: Condition) -> int:
-        """Step of the first point of `curve`."""
-        return self._cells[condition].first_step
-
-    def contrast(self, condition: Condition, gap_steps: int = 0) -> np.ndarray:
-        """Local rise at every step of the run, [S, T]; NaN where it cannot be told."""
-        inside = contrasts(self.curve(condition), gap_steps=gap_steps)
-        before = np.full((len(inside), self._cells[condition].first_step), np.nan)
-        return np.concatenate([before, inside], axis=1)
-
-    def interval(self, per_stream: np.ndarray) -> Interval:
-        """Mean over streams, [S]."""
-        if len(per_stream) < MIN_STREAMS or not np.isfinite(per_stream).all():
-            return UNKNOWN
-        return self._interval(float(per_stream.mean()), self.weights @ per_stream)
-
-    def _interval(self, value: float, replicates: np.ndarray) -> Interval:
-        return Interval.of(value, replicates, len(self.prompts))
-
-    def share(self, part: np.ndarray, whole: np.ndarray) -> Interval:
-        """Mean of `part` over mean of `whole`, both [S]; unknown unless `whole` is above 0."""
-        base = self.interval(whole)
-        if not (base.known and base.low > 0 and np.isfinite(part).all()):
-            return UNKNOWN
-        return self._interval(
-            float(part.mean() / whole.mean()), (self.weights @ part) / (self.weights @ whole)
-        )
+class Evidence(Runs):
+    """Everything the verdict needs, computed from the cells when it is asked for."""
 
     def rise_at(self, condition: Condition, step: float) -> np.ndarray:
         """Rise of each stream at a given step, [S]; up to `GAP_STEPS` away counts in full."""
@@ -167,8 +90,8 @@ class Evidence:
         capacities = np.array([one.context_steps for one in risen], dtype=float)
         steps = np.stack([self._steps(self.references[one.context_steps]) for one in risen])
         return self._interval(
-            _slope(capacities, np.array([one.step.value for one in risen])[:, None])[0],
-            _slope(capacities, steps),
+            linear_slope(capacities, np.array([one.step.value for one in risen])[:, None])[0],
+            linear_slope(capacities, steps),
         )
 
     @cached_property
@@ -263,7 +186,7 @@ class Evidence:
                 return UNKNOWN, lengths
         at = np.array(lengths, dtype=float)
         return self._interval(
-            _slope(at, np.array(values)[:, None])[0], _slope(at, np.stack(replicates))
+            linear_slope(at, np.array(values)[:, None])[0], linear_slope(at, np.stack(replicates))
         ), lengths
 
     @property
@@ -286,36 +209,3 @@ class Evidence:
             late = np.nanmean(after[..., -window:], axis=-1)
             rise = late - np.nanmean(after[..., :window], axis=-1)
         return self.interval(rise[:, 0]), self.interval(rise[:, 1])
-
-    def _most_changed_layer(self) -> int:
-        """The layer whose mean rise over the reference runs is largest, at a place or slowly."""
-        layers = self._cells[next(iter(self.references.values()))].log_norm.shape[1]
-        rises = np.zeros(layers)
-        for layer in range(layers):
-            curves = [self._curve(one, layer).mean(axis=0) for one in self.references.values()]
-            steepest = [np.nanmax(contrasts(one), initial=-np.inf) for one in curves]
-            rises[layer] = max(np.mean(steepest), np.mean([growth(one) for one in curves]))
-        return int(np.argmax(rises))
-
-
-def presence(log_ratio: Interval) -> Presence:
-    """Whether a rise of the norm is there, is not, or cannot be told."""
-    if not log_ratio.known:
-        return "unclear"
-    # searched for in several layers and at several capacities: 95 % would be too easily passed
-    certain = log_ratio.value - 1.5 * (log_ratio.value - log_ratio.low) > 0
-    if certain and log_ratio.low > MIN_LOG_RATIO / 2 and log_ratio.value >= MIN_LOG_RATIO:
-        return "present"
-    return "absent" if log_ratio.high < MIN_LOG_RATIO else "unclear"
-
-
-def _is_plain(one: Condition) -> bool:
-    """Whether Moshi runs free and nothing is changed; the user may be either."""
-    plain = replace(one, sinks=0, start_position=0, gates_shut=False)
-    return one == plain and one.regime != "forced"
-
-
-def _slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Least-squares slope of y [N, B] on x [N], [B]."""
-    centred = x - x.mean()
-    return np.asarray(centred @ (y - y.mean(axis=0)) / (centred @ centred))

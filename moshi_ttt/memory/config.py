@@ -5,23 +5,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moshi_ttt.errors import UserError
+
+Rule = Literal["ttt_linear", "ttt_mlp", "gated_delta"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+Projections = Literal["own", "attention", "shared"]
+PROJECTIONS: tuple[Projections, ...] = get_args(Projections)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """The test-time-training memory of the hybrid layers."""
 
-    rule: Literal["ttt_linear", "ttt_mlp", "gated_delta"] = "ttt_linear"
+    rule: Rule = "ttt_linear"
     """How fast weights learn: one linear map or a two-layer MLP trained by mini-batch gradient
     steps (Sun et al. 2024), or the gated delta rule (Yang et al. 2024), which writes every step."""
     layers: list[int] | str = "last:1"
     """Layers that get a memory: `last:N`, `every:N` (the last of each N), or a list of indices."""
     placement: Literal["parallel", "post_attention"] = "parallel"
     """What the memory reads and joins: the normed input of attention, or attention's output."""
-    projections: Literal["own", "attention", "shared"] = "own"
+    projections: Projections = "own"
     """Where queries, keys, values and the read-out come from: `own` starts at random; `attention`
     starts as a copy of the layer's attention (before its rotation); `shared` uses attention's own
     frozen projections and learns a low-rank correction to them, which costs few parameters and
@@ -127,8 +132,6 @@ class MemoryConfig:
         return dataclasses.replace(self, heads=heads, head_dim=head_dim)
 
 
-RULES = ("ttt_linear", "ttt_mlp", "gated_delta")
-PROJECTIONS = ("own", "attention", "shared")
 _LAYERS_RULE = "use last:N, every:N or a list of distinct layer indices, e.g. [25, 26]"
 
 

@@ -72,19 +72,18 @@ class MemoryRule(nn.Module, ABC):
         """The learned initial fast weights for each row; differentiable."""
 
     @abstractmethod
-    def _chunk_lengths(self, steps: int, state: MemoryState | None) -> Sequence[int]:
-        """How `steps` are cut for `_advance`; for 1 step this must not read `state`."""
-
-    @abstractmethod
-    def _advance(self, chunk: Sequence[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
-        """Run one chunk of n steps, in tensor code that never branches on data.
+    def _walk(
+        self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
+    ) -> tuple[Tensor, MemoryState]:
+        """Run T steps; for T = 1 in tensor code that never branches on data.
 
         Args:
-            chunk: what `_project` returned, n steps of it.
-            state: before the chunk.
+            inputs: what `_project` returned.
+            state: before the first step; None starts afresh.
+            mixed: whether the caller runs in mixed precision, so that sums in bf16 are welcome.
 
         Returns:
-            The read-out [B, H, n, dh] and the state after the chunk.
+            The read-out [B, H, T, dh] and the state after T steps.
         """
 
     def forward(
@@ -103,23 +102,11 @@ class MemoryRule(nn.Module, ABC):
         Returns:
             The read-out [B, T, H x dh] in the state's type, and the state after T steps.
         """
-        lengths = self._chunk_lengths(x.shape[1], state)
-        if state is None:
-            state = self.init_state(x.shape[0])
+        mixed = torch.is_autocast_enabled(x.device.type)
         inputs = self._project(x.to(self.write.weight.dtype), shared_qkv)
         with torch.autocast(x.device.type, enabled=False):
-            y, state = self._walk(inputs, lengths, state)
+            y, state = self._walk(inputs, state, mixed)
         return y.transpose(1, 2).flatten(2), state
-
-    def _walk(
-        self, inputs: Sequence[Tensor], lengths: Sequence[int], state: MemoryState
-    ) -> tuple[Tensor, MemoryState]:
-        """Chunk after chunk: the read-out [B, H, T, dh] and the state after T steps."""
-        outputs = []
-        for chunk in zip(*(tensor.split(lengths, dim=2) for tensor in inputs), strict=True):
-            y, state = self._advance(chunk, state)
-            outputs.append(y)
-        return torch.cat(outputs, dim=2), state
 
     def _project(self, x: Tensor, shared_qkv: Tensor | None) -> tuple[Tensor, ...]:
         """Unit queries and keys, values [B, H, T, dh] and write gates [B, H, T, 1]."""

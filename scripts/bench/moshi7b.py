@@ -13,23 +13,19 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.memory.config import RULES, Rule
 from moshi_ttt.model.build import ModelConfig, build_lm, trainable_groups
 from moshi_ttt.model.lora import LoraConfig
 from moshi_ttt.model.source import RANDOM_7B, open_source
 from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses
 
 CLIP_STEPS, GENERATED_STEPS, STREAMS = 750, 300, 4
-
-
-Rule = Literal["ttt_linear", "ttt_mlp", "gated_delta"]
-RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def config(rule: Rule, mini_batch_steps: int = 16) -> ModelConfig:

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moshi_ttt.memory import MemoryConfig, MemoryRule, MemoryState, build_rule
+from moshi_ttt.memory import MemoryConfig, MemoryRule, MemoryState, build_rule, run_reference
 from moshi_ttt.memory.config import RULES
-from moshi_ttt.memory.ttt.reference import reference
 
 DIM = 8
 MINI_BATCH = 5
@@ -22,7 +21,7 @@ def make_rule(name: str, dtype: torch.dtype = torch.float64, **overrides: object
     torch.manual_seed(0)
     settings = {"heads": 2, "mini_batch_steps": MINI_BATCH, "write_gate": 0.3}
     settings |= {"forgetting_time_steps": (10.0, 100.0)} | overrides
-    rule = build_rule(MemoryConfig(rule=name, **settings), DIM).to(dtype)
+    rule = build_rule(MemoryConfig(rule=name, **settings).fitted(DIM, 2), DIM).to(dtype)
     with torch.no_grad():
         for parameter in rule.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -59,7 +58,7 @@ def test_output_and_state_match_the_reference(name: str) -> None:
     rule = make_rule(name)
     x = make_input()
     y, state = rule(x)
-    expected, expected_state = reference(rule, x, rule.init_state(2))
+    expected, expected_state = run_reference(rule, x, rule.init_state(2))
     assert y.shape == (2, STEPS, rule.width)
     assert_same(y, expected, 1e-10)
     assert_same_state(state, expected_state, 1e-10)
@@ -68,7 +67,7 @@ def test_output_and_state_match_the_reference(name: str) -> None:
 def test_gated_delta_matches_the_reference_across_its_chunks() -> None:
     rule = make_rule("gated_delta")
     x = make_input(batch_size=1, steps=150)
-    expected, _ = reference(rule, x, rule.init_state(1))
+    expected, _ = run_reference(rule, x, rule.init_state(1))
     assert_same(rule(x)[0], expected, 1e-10)
 
 
@@ -86,7 +85,7 @@ def test_gradients_match_the_reference(name: str) -> None:
         objective = (y * probe).sum() + sum(tensor.square().sum() for tensor in floating)
         return torch.autograd.grad(objective, wanted, materialize_grads=True)
 
-    got, expected = gradients(*rule(x, state)), gradients(*reference(rule, x, state))
+    got, expected = gradients(*rule(x, state)), gradients(*run_reference(rule, x, state))
     for a, b in zip(got, expected, strict=True):
         assert_same(a, b, 1e-9)
 

@@ -9,7 +9,6 @@ Gradients of a linear map are outer products, so that sum never has to be formed
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -85,6 +84,18 @@ class MiniBatchRule(MemoryRule):
         full, tail = divmod(steps - head, self.mini_batch_steps)
         return [head] + [self.mini_batch_steps] * full + [tail] * (tail > 0)
 
+    def _walk(
+        self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
+    ) -> tuple[Tensor, MemoryState]:
+        rows, _, steps, _ = inputs[0].shape
+        lengths = self._chunk_lengths(steps, state)
+        state = state or self.init_state(rows)
+        outputs = []
+        for chunk in zip(*(tensor.split(lengths, dim=2) for tensor in inputs), strict=True):
+            y, state = self._advance(chunk, state)
+            outputs.append(y)
+        return torch.cat(outputs, dim=2), state
+
     def _advance(self, chunk: Sequence[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
         q, k, v, write = chunk
         anchor = {name: state[name] for name in self.initial}
@@ -122,76 +133,6 @@ class MiniBatchRule(MemoryRule):
         return inverse_std * (grad - grad.mean(-1, keepdim=True) - normed * along)
 
 
-class TTTLinear(MiniBatchRule):
-    """f(x) = x + LayerNorm(x W + b)."""
-
-    def _fast_weight_shapes(self) -> dict[str, tuple[tuple[int, int, int], bool]]:
-        return {
-            "weight": ((self.heads, self.head_dim, self.head_dim), True),
-            "bias": ((self.heads, 1, self.head_dim), False),
-        }
-
-    def _dual(
-        self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, anchor: FastWeights, step: FastWeights
-    ) -> tuple[Tensor, FastWeights]:
-        weight, bias = anchor["weight"], anchor["bias"]
-        error = rate * self._error(k, v, k @ weight + bias)
-        z = q @ (weight - step["weight"]) + (bias - step["bias"]) - _causal(q, k) @ error
-        return self._read(q, z), {
-            "weight": step["weight"] + k.mT @ error,
-            "bias": step["bias"] + error.sum(2, keepdim=True),
-        }
-
-
-class TTTMLP(MiniBatchRule):
-    """f(x) = x + LayerNorm(c gelu(x W1 + b1) W2 + b2), hidden width 4 dh.
-
-    The constant c brings the hidden vector to about unit length, like the keys, so that one
-    inner rate suits both layers and means the same as in `TTTLinear`; the paper divides its
-    rate by the width instead.
-    """
-
-    def _fast_weight_shapes(self) -> dict[str, tuple[tuple[int, int, int], bool]]:
-        hidden = 4 * self.head_dim
-        return {
-            "weight1": ((self.heads, self.head_dim, hidden), True),
-            "bias1": ((self.heads, 1, hidden), False),
-            "weight2": ((self.heads, hidden, self.head_dim), True),
-            "bias2": ((self.heads, 1, self.head_dim), False),
-        }
-
-    @property
-    def hidden_scale(self) -> float:
-        """c: the mean of gelu(n)^2 is 0.425 for a standard normal n."""
-        return (0.425 * 4 * self.head_dim) ** -0.5
-
-    def _dual(
-        self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, anchor: FastWeights, step: FastWeights
-    ) -> tuple[Tensor, FastWeights]:
-        before = k @ anchor["weight1"] + anchor["bias1"]
-        hidden = self.hidden_scale * F.gelu(before)
-        error2 = self._error(k, v, hidden @ anchor["weight2"] + anchor["bias2"])
-        slope = self.hidden_scale * _gelu_slope(before)
-        error1 = rate * slope * (error2 @ anchor["weight2"].mT)
-        error2 = rate * error2
-
-        now = {name: anchor[name] - step[name] for name in anchor}
-        read = q @ now["weight1"] + now["bias1"] - _causal(q, k) @ error1
-        read = self.hidden_scale * F.gelu(read)
-        z = read @ now["weight2"] + now["bias2"] - _causal(read, hidden) @ error2
-        return self._read(q, z), {
-            "weight1": step["weight1"] + k.mT @ error1,
-            "bias1": step["bias1"] + error1.sum(2, keepdim=True),
-            "weight2": step["weight2"] + hidden.mT @ error2,
-            "bias2": step["bias2"] + error2.sum(2, keepdim=True),
-        }
-
-
-def _causal(queries: Tensor, keys: Tensor) -> Tensor:
+def causal(queries: Tensor, keys: Tensor) -> Tensor:
     """How much step s <= t writes into the read-out of step t, bias included, [B, H, n, n]."""
     return (queries @ keys.mT + 1).tril()
-
-
-def _gelu_slope(x: Tensor) -> Tensor:
-    normal_cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-    return normal_cdf + x * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)

@@ -1,44 +1,22 @@
-"""The memory rules again, slowly and obviously: one row, one head, one step at a time, in fp64.
+"""The ttt rules again, slowly: see `moshi_ttt.memory.reference`.
 
-Nothing here is shared with `moshi_ttt.memory` but the parameters and the names in the state; the
-gradients of the inner loss come from autograd.
+The gradients of the inner loss come from autograd.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.memory import MemoryRule, MemoryState
-from moshi_ttt.memory.gated_delta import GatedDelta
-from moshi_ttt.memory.ttt.mini_batch import TTTMLP, MiniBatchRule
+from moshi_ttt.memory.reference import projections
+from moshi_ttt.memory.rule import MemoryState
+from moshi_ttt.memory.ttt.mini_batch import MiniBatchRule
+from moshi_ttt.memory.ttt.mlp import TTTMLP
 
 
-def reference(rule: MemoryRule, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-    """What `rule(x, state)` should return."""
-    run: Any = _delta_row if isinstance(rule, GatedDelta) else _ttt_row
-    rows = [
-        run(rule, x[i], {name: tensor[i] for name, tensor in state.items()})
-        for i in range(x.shape[0])
-    ]
-    after = {name: torch.stack([row[1][name] for row in rows]) for name in state}
-    return torch.stack([row[0] for row in rows]), after
-
-
-def _inputs(rule: MemoryRule, x: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query, key, value [dh] and write gate [] of one head, for x [D]."""
-    q, k, v = (
-        rule.qkv.weight[part * rule.width :][head * rule.head_dim :][: rule.head_dim] @ x
-        for part in range(3)
-    )
-    gate = torch.sigmoid(rule.write.weight[head] @ x + rule.write.bias[head])
-    return q / (q @ q + 1e-6).sqrt(), k / (k @ k + 1e-6).sqrt(), v, gate
-
-
-def _ttt_row(rule: MiniBatchRule, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+def ttt_row(rule: MiniBatchRule, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    """What `rule` should return for one row, x [T, D]."""
     names = list(rule.initial)
     phase, updates = int(state["phase"]), int(state["updates"])
     anchors = [{name: state[name][head] for name in names} for head in range(rule.heads)]
@@ -48,7 +26,7 @@ def _ttt_row(rule: MiniBatchRule, x: Tensor, state: MemoryState) -> tuple[Tensor
         outputs.append([])
         phase += 1
         for head in range(rule.heads):
-            q, k, v, gate = _inputs(rule, x_t, head)
+            q, k, v, gate = projections(rule, x_t, head)
             anchor = anchors[head]
             loss = 0.5 * ((_f(rule, head, k, anchor) - v) ** 2).sum()
             grads = torch.autograd.grad(loss, list(anchor.values()), create_graph=True)
@@ -80,18 +58,3 @@ def _f(rule: MiniBatchRule, head: int, x: Tensor, w: dict[str, Tensor]) -> Tenso
         z = x @ w["weight"] + w["bias"][0]
     normed = (z - z.mean()) / (z.var(correction=0) + 1e-5).sqrt()
     return x + normed * rule.norm_scale[head, 0] + rule.norm_bias[head, 0]
-
-
-def _delta_row(rule: GatedDelta, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-    memories = list(state["memory"])
-    outputs: list[list[Tensor]] = []
-    for x_t in x:
-        outputs.append([])
-        for head in range(rule.heads):
-            q, k, v, beta = _inputs(rule, x_t, head)
-            alpha = torch.exp(-torch.exp(rule.log_rate[head] + rule.forget.weight[head] @ x_t))
-            s = alpha * memories[head]
-            memories[head] = s + beta * torch.outer(k, v - s.T @ k)
-            outputs[-1].append(memories[head].T @ q)
-    after = {"memory": torch.stack(memories), "updates": state["updates"] + len(x)}
-    return torch.stack([torch.cat(heads) for heads in outputs]), after
