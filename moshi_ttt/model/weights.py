@@ -92,9 +92,9 @@ def start_from(lm: LMModel, path: Path, source: ModelSource) -> None:
     mine = {name: p for group in trainable_groups(lm).values() for name, p in group.items()}
     for name, tensor in weights.items():
         if name not in mine or mine[name].shape != tensor.shape:
-            has = (
-                f"it is {list(mine[name].shape)}" if name in mine else "nothing of that name trains"
-            )
+            has = "nothing of that name trains"
+            if name in mine:
+                has = f"it is {list(mine[name].shape)}"
             raise UserError(
                 f"model.init_from={path}: {name} is {list(tensor.shape)} there, and {has} here; "
                 "set model.train and model.memory as they were in that run"
