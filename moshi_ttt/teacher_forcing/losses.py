@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.errors import UserError
-from moshi_ttt.model.hybrid import BranchStats
+from moshi_ttt.model.branch import BranchStats
 
 WALL_START = 0.75  # part of the target ratio that is free of charge
 

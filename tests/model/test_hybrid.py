@@ -12,14 +12,8 @@ from torch.overrides import TorchFunctionMode
 from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.memory.config import RULES
-from moshi_ttt.model.hybrid import (
-    BranchStats,
-    MemoryBranch,
-    add_memory,
-    gates_forced_to_zero,
-    hybrid_layers,
-    observe_branches,
-)
+from moshi_ttt.model.branch import BranchStats, MemoryBranch
+from moshi_ttt.model.hybrid import add_memory, gates_forced_to_zero, hybrid_layers, observe_branches
 
 MakeLM = Callable[..., LMModel]
 every_rule = pytest.mark.parametrize("rule", RULES)

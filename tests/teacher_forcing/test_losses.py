@@ -12,7 +12,7 @@ from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 
 from moshi_ttt.errors import UserError
-from moshi_ttt.model.hybrid import BranchStats
+from moshi_ttt.model.branch import BranchStats
 from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty, token_nll
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 
