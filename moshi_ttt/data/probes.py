@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
@@ -21,9 +21,12 @@ from moshi_ttt.data.text import TextStream, Tokenizer
 
 RULE = (
     'each probe is {"kind": "code", "answered_by": "SPEAKER_MAIN", "answer": [["four", '
-    '[start_sec, end_sec]], ...], "gap_sec": 40.2, "chance": 0.1, ...}, its answer words as they '
-    "stand in the alignments"
+    '[start_sec, end_sec]], ...], "gap_sec": 40.2, "chance": 0.1, "class": "own", ...}, its '
+    "answer words as they stand in the alignments"
 )
+RecallClass = Literal["own", "heard"]
+"""Whether Moshi has said the fact itself, so that its own text is enough to answer, or the user
+alone has said it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,9 @@ class Probe:
     """Of guessing a word of the answer for one who knows only the kind."""
     answer_steps: tuple[range, ...]
     """Of each word of the answer, the steps of its tokens in the text row."""
+    recall_class: RecallClass = "own"
+    unseen: tuple[str, ...] = ()
+    """What of it is in no recording of the training set: `template`, `key`, `value`."""
 
 
 def read_probes(
@@ -83,6 +89,8 @@ def read_probes(
                 _number(item, "gap_sec", math.inf),
                 _number(item, "chance", 1.0),
                 tuple(steps_of[word] for word in answer if steps_of[word]),
+                _recall_class(item),
+                _unseen(item),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(
@@ -111,3 +119,18 @@ def _number(item: dict[str, Any], key: str, most: float) -> float:
     if not 0 <= value <= most or math.isinf(value):
         raise ValueError(f"{key}={value:g} is outside 0..{most:g}")
     return value
+
+
+def _recall_class(item: dict[str, Any]) -> RecallClass:
+    # recordings made before there were classes: whether Moshi repeated the value
+    found = item.get("class", "own" if item.get("echo") else "heard")
+    if found not in get_args(RecallClass):
+        raise ValueError(f"class={found!r} is none of {', '.join(get_args(RecallClass))}")
+    return cast(RecallClass, found)
+
+
+def _unseen(item: dict[str, Any]) -> tuple[str, ...]:
+    found = item.get("unseen", [])
+    if not isinstance(found, list) or not all(isinstance(part, str) for part in found):
+        raise ValueError(f"unseen={found!r} is not a list of words")
+    return tuple(found)

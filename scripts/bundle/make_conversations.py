@@ -25,6 +25,7 @@ from typing import IO
 
 import numpy as np
 import soundfile
+from splits import SPLITS
 from timeline import plan
 from tqdm import tqdm
 from voices import (
@@ -39,10 +40,7 @@ from voices import (
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_atomic, write_bytes
 
-SPLITS = ("train", "heldout")
 FORMATS = ("flac", "ogg", "wav")
-HELD_OUT_VOICE_SHARE = 0.5
-"""How often the user of a held-out conversation has a voice that no training recording has."""
 _VORBIS_COMPRESSION = 0.87
 
 
@@ -69,13 +67,17 @@ class Recipe:
 
     def rng(self, stream: int) -> np.random.Generator:
         """Random numbers of its own; streams are independent."""
-        return np.random.default_rng((self.seed, SPLITS.index(self.split), self.index, stream))
+        return np.random.default_rng(
+            (self.seed, list(SPLITS).index(self.split), self.index, stream)
+        )
 
 
-def recipes(hours: float, split: str, seed: int, minutes: tuple[float, float]) -> Iterator[Recipe]:
-    """As many conversations as it takes to fill `hours`."""
+def recipes(
+    hours: float, split: str, seed: int, minutes: tuple[float, float], first: int = 0
+) -> Iterator[Recipe]:
+    """As many conversations as it takes to fill `hours`, the first of them number `first`."""
     left_sec = 3600 * hours
-    for index in itertools.count():
+    for index in itertools.count(first):
         if left_sec <= 0:
             return
         recipe = Recipe(seed, split, index, minutes)
@@ -85,7 +87,7 @@ def recipes(hours: float, split: str, seed: int, minutes: tuple[float, float]) -
 
 def user_voice(split: str, rng: np.random.Generator) -> str:
     """Who speaks on the right."""
-    held_out = split == "heldout" and rng.random() < HELD_OUT_VOICE_SHARE
+    held_out = rng.random() < SPLITS[split].held_out_voice_share
     names = HELD_OUT_VOICES if held_out else USER_VOICES
     return names[rng.integers(len(names))]
 
@@ -105,7 +107,7 @@ def record(path: Path, recipe: Recipe) -> float:
         voice(name, int(rng.integers(2**24)), speed)
         for name, speed in zip(names, speeds, strict=True)
     )
-    made = plan((left, right), rng, recipe.least_sec, recipe.split)
+    made = plan((left, right), rng, recipe.least_sec, SPLITS[recipe.split])
     stereo = made.mix(rng)
     content = {
         "alignments": made.alignments(),
@@ -163,6 +165,7 @@ def main(
     split: str = "train",
     seed: int = 0,
     minutes: tuple[float, float] = (3.0, 15.0),
+    first: int = 0,
     workers: int = 1,
     suffix: str = "flac",
 ) -> None:
@@ -178,10 +181,12 @@ def main(
             f"--minutes {minutes[0]:g} {minutes[1]:g} must be at least 1 and in order; give the "
             "shortest and the longest conversation, such as 3 15"
         )
+    if first < 0:
+        raise UserError(f"--first {first} must be at least 0; give the number to begin with")
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1; give the cores to use")
     check_packages()
-    todo = list(recipes(hours, split, seed, minutes))
+    todo = list(recipes(hours, split, seed, minutes, first))
     paths = {recipe: out / f"{recipe.name}.{suffix}" for recipe in todo}
     durations_sec = {
         recipe: seconds
@@ -216,7 +221,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--hours", type=float, required=True, help="hours of audio")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="topics, voices and gaps")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="which set of splits.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything")
     parser.add_argument(
         "--minutes",
@@ -225,6 +230,9 @@ if __name__ == "__main__":
         default=(3.0, 15.0),
         metavar=("SHORTEST", "LONGEST"),
         help="length of a conversation",
+    )
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first conversation, to go on from"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--format", choices=FORMATS, default="flac", help="of the sound")
@@ -237,6 +245,7 @@ if __name__ == "__main__":
             split=arguments.split,
             seed=arguments.seed,
             minutes=tuple(arguments.minutes),
+            first=arguments.first,
             workers=arguments.workers,
             suffix=arguments.format,
         )
