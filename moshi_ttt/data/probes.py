@@ -16,6 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
+from moshi_ttt.clock import Clock
 from moshi_ttt.data.alignments import MAIN_SPEAKER, Word
 from moshi_ttt.data.text import TextStream, Tokenizer
 
@@ -44,6 +45,8 @@ class Probe:
     recall_class: RecallClass = "own"
     unseen: tuple[str, ...] = ()
     """What of it is in no recording of the training set: `template`, `key`, `value`."""
+    asked_step: int | None = None
+    """Step in which the question starts; None if the file does not say."""
 
 
 def read_probes(
@@ -52,6 +55,7 @@ def read_probes(
     layout: TextStream,
     text_row: Tensor,
     tokenizer: Tokenizer,
+    clock: Clock,
 ) -> tuple[tuple[Probe, ...], list[str]]:
     """Read the probes of one recording that Moshi's side answers: only its words are tokens.
 
@@ -64,6 +68,7 @@ def read_probes(
         layout: of those words.
         text_row: [T] what the model reads, which must hold the words where the layout says.
         tokenizer: that the row was made with.
+        clock: of the codec.
 
     Returns:
         The probes, and problems, each naming the file.
@@ -91,6 +96,7 @@ def read_probes(
                 tuple(steps_of[word] for word in answer if steps_of[word]),
                 _recall_class(item),
                 _unseen(item),
+                _step(item, clock),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(
@@ -119,6 +125,13 @@ def _number(item: dict[str, Any], key: str, most: float) -> float:
     if not 0 <= value <= most or math.isinf(value):
         raise ValueError(f"{key}={value:g} is outside 0..{most:g}")
     return value
+
+
+def _step(item: dict[str, Any], clock: Clock) -> int | None:
+    if "asked_at" not in item:
+        return None
+    seconds = _number(item, "asked_at", math.inf)
+    return round(seconds * clock.sample_rate) // clock.samples_per_step
 
 
 def _recall_class(item: dict[str, Any]) -> RecallClass:

@@ -144,7 +144,7 @@ class RecordingReader:
             probes: tuple[Probe, ...] = ()
             if words is not None:
                 probes, problems = read_probes(
-                    entry.alignments_path, words, stream, codes[0], tokenizer
+                    entry.alignments_path, words, stream, codes[0], tokenizer, self._source.clock
                 )
                 raise_together(entry.name, problems)
             recordings.append(EncodedRecording(entry.name, codes, probes))

@@ -7,6 +7,7 @@ neither input nor target, and the depformer, most of a training step, would comp
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 
@@ -20,9 +21,9 @@ def forward(lm: LMModel, codes: Tensor) -> LMOutput:
     """
     own = slice(lm.audio_offset, lm.audio_offset + lm.dep_q)
     heard = (codes[:, own] != lm.zero_token_id).flatten(1).any(dim=1)
-    # a depformer that trains wants a gradient in every step, or processes wait for each other
-    learns = any(parameter.requires_grad for parameter in lm.depformer.parameters())
-    if heard.all() or (learns and not heard.any()):
+    # processes that train a depformer wait for each other's gradient of it in every step
+    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if heard.all() or (shared and not heard.any()):
         return lm(codes)
     steps = codes.shape[-1]
     rows, unknown = int(heard.sum()), float("nan")
