@@ -57,7 +57,7 @@ class RunCheckpoints(Checkpoint):
             model: Any = pl_module
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             path = self._folder(trainer) / "best.safetensors"
-            save_trained(path, model.trained_weights(), model.config, data.clip_steps)
+            save_trained(path, model.trained_weights(), model.config, data.clip_steps, model.source)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Every n optimizer steps, but for the last of an epoch.
@@ -106,7 +106,8 @@ class CheckpointWithWeights(TorchCheckpointIO):
             name.removeprefix("lm."): tensor for name, tensor in checkpoint["state_dict"].items()
         }
         path_of_weights = Path(path).with_suffix(".safetensors")
-        save_trained(path_of_weights, weights, self._model.config, self._data.clip_steps)
+        model = self._model
+        save_trained(path_of_weights, weights, model.config, self._data.clip_steps, model.source)
         super().save_checkpoint(checkpoint, path, storage_options)
 
     def remove_checkpoint(self, path: Any) -> None:

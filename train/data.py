@@ -101,11 +101,13 @@ class ConversationData(LightningDataModule):
         return self._model_source.clock.steps(self.duration_sec)
 
     def prepare_data(self) -> None:
-        """Check both manifests and encode what was never encoded; one process a machine.
+        """Check both manifests and encode what was never encoded; one process a machine, once.
 
         Raises:
             UserError: naming every file and line that cannot be used.
         """
+        if self._train:
+            return
         tokenizer = self._model_source.tokenizer()
         for path in (self.manifest, self.val_manifest):
             # damage behind an intact header shows below, when a recording is first encoded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from moshi_ttt.model.build import (
     check_fits,
     trainable_groups,
 )
+from moshi_ttt.model.forward import forward
 from moshi_ttt.model.hybrid import observe_branches
 from moshi_ttt.model.lora import LoraConfig
 from moshi_ttt.model.source import ModelSource, open_source
+from moshi_ttt.model.weights import start_from
 from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 
@@ -84,6 +87,8 @@ class MoshiTTT(LightningModule):
         context_steps: Attention window and ring capacity C of the temporal transformer in steps
             of 80 ms, in training and in generation; null keeps the checkpoint's own.
         gradient_checkpointing: Recompute each layer in the backward pass; less memory, more time.
+        init_from: Start from the trained weights of another run: its `.safetensors` file; a part of
+            what trains now is enough.
         train: What learns: `memory` or `lora` or `memory+lora` on a frozen Moshi, `base` (Moshi's
             own weights, nothing added), or `full` (Moshi and a memory).
         memory: The test-time-training memory.
@@ -101,6 +106,7 @@ class MoshiTTT(LightningModule):
         dtype: Dtype = "float32",
         context_steps: int | None = None,
         gradient_checkpointing: bool = False,
+        init_from: str | None = None,
         train: Trained = "memory",
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
         lora: LoraConfig = LoraConfig(),  # noqa: B008
@@ -120,6 +126,7 @@ class MoshiTTT(LightningModule):
         self.loss_config = loss
         self.optim_config = optim
         self.gradient_checkpointing = gradient_checkpointing
+        self.init_from = init_from
         self._silent_groups: set[str] = set()
         self._rng: dict[str, Tensor] = {}
         # a checkpoint holds what trains; the base comes from its source again
@@ -143,6 +150,8 @@ class MoshiTTT(LightningModule):
             self.check()
         with settings_at("model"):
             self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
+        if self.init_from is not None:
+            start_from(self.lm, Path(self.init_from), self.source)
         # moshi loads in eval mode and Lightning keeps the mode it finds; dropout needs this
         self.lm.train()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -169,12 +178,12 @@ class MoshiTTT(LightningModule):
         """Loss of one batch of clips; `codes` [B, K, T]."""
         codes: Tensor = batch["codes"]
         with observe_branches(self.lm) as stats:
-            output = self.lm(codes)
+            output = forward(self.lm, codes)
         text_loss, audio_loss = lm_losses(self.lm, output, codes, self.loss_config)
         loss = text_loss + audio_loss
         logs = {"train/text_loss": text_loss, "train/audio_loss": audio_loss}
         if stats:
-            penalty = magnitude_penalty(stats, self.loss_config.magnitude_target)
+            penalty = magnitude_penalty(stats, self.loss_config)
             if self.loss_config.magnitude_reg:
                 loss = loss + self.loss_config.magnitude_reg * penalty
             logs["train/magnitude_penalty"] = penalty
@@ -191,7 +200,7 @@ class MoshiTTT(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss of held-out clips, and NLL of each group of rows."""
         codes: Tensor = batch["codes"]
-        output = self.lm(codes)
+        output = forward(self.lm, codes)
         self.val_nll.update(self.lm, output, codes)
         text_loss, audio_loss = lm_losses(self.lm, output, codes, self.loss_config)
         self.val_loss.update(text_loss + audio_loss, len(codes))

@@ -7,7 +7,7 @@ codes (once: `cache`, or `codes_file` in place of the audio), `text` lays the wo
 
 from moshi_ttt.data.codes_file import CodesFormat
 from moshi_ttt.data.manifest import ManifestCheck, ManifestEntry, check_manifest, read_manifest
-from moshi_ttt.data.probes import Probe
+from moshi_ttt.data.probes import Probe, RecallClass
 from moshi_ttt.data.recordings import EncodedRecording, RecordingReader, read_recordings
 from moshi_ttt.data.windows import WindowLoader
 
@@ -17,6 +17,7 @@ __all__ = [
     "ManifestCheck",
     "ManifestEntry",
     "Probe",
+    "RecallClass",
     "RecordingReader",
     "WindowLoader",
     "check_manifest",

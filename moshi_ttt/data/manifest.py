@@ -224,7 +224,7 @@ def _check_words(
         end_of_padding_id=0,
     )
     row = laid.tokens if text_row is None else text_row
-    probes, problems = read_probes(entry.alignments_path, found.words, laid, row, tokenizer)
+    probes, problems = read_probes(entry.alignments_path, found.words, laid, row, tokenizer, clock)
     check.words += len(found.words)
     check.probes += len(probes)
     check.problems += [f"line {entry.line}: {problem}" for problem in problems]

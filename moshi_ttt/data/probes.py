@@ -12,18 +12,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
+from moshi_ttt.clock import Clock
 from moshi_ttt.data.alignments import MAIN_SPEAKER, Word
 from moshi_ttt.data.text import TextRow, Tokenizer
 
 RULE = (
     'each probe is {"kind": "code", "answered_by": "SPEAKER_MAIN", "answer": [["four", '
-    '[start_sec, end_sec]], ...], "gap_sec": 40.2, "chance": 0.1, ...}, its answer words as they '
-    "stand in the alignments"
+    '[start_sec, end_sec]], ...], "gap_sec": 40.2, "chance": 0.1, "class": "own", ...}, its '
+    "answer words as they stand in the alignments"
 )
+RecallClass = Literal["own", "heard"]
+"""Whether Moshi has said the fact itself, so that its own text is enough to answer, or the user
+alone has said it."""
 
 Spoken = tuple[str, float]  # a word and when it starts, in seconds
 
@@ -40,6 +44,11 @@ class Probe:
     """Of guessing a word of the answer for one who knows only the kind."""
     answer_steps: tuple[range, ...]
     """Of each word of the answer, the steps of its tokens in the text row."""
+    recall_class: RecallClass = "own"
+    unseen: tuple[str, ...] = ()
+    """What of it is in no recording of the training set: `template`, `key`, `value`."""
+    asked_step: int | None = None
+    """Step in which the question starts; None if the file does not say."""
 
 
 def read_probes(
@@ -48,6 +57,7 @@ def read_probes(
     layout: TextRow,
     text_row: Tensor,
     tokenizer: Tokenizer,
+    clock: Clock,
 ) -> tuple[tuple[Probe, ...], list[str]]:
     """Read the probes of one recording that Moshi's side answers: only its words are tokens.
 
@@ -60,6 +70,7 @@ def read_probes(
         layout: of those words.
         text_row: [T] what the model reads, which must hold the words where the layout says.
         tokenizer: that the row was made with.
+        clock: of the codec.
 
     Returns:
         The probes, and problems, each naming the file.
@@ -82,6 +93,9 @@ def read_probes(
                 _number(item, "gap_sec", math.inf),
                 _number(item, "chance", 1.0),
                 tuple(steps for _, steps in answer if steps),
+                _recall_class(item),
+                _unseen(item),
+                _step(item, clock),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(
@@ -129,3 +143,25 @@ def _number(item: dict[str, Any], key: str, most: float) -> float:
     if not 0 <= value <= most or math.isinf(value):
         raise ValueError(f"{key}={value:g} is outside 0..{most:g}")
     return value
+
+
+def _step(item: dict[str, Any], clock: Clock) -> int | None:
+    if "asked_at" not in item:
+        return None
+    seconds = _number(item, "asked_at", math.inf)
+    return round(seconds * clock.sample_rate) // clock.samples_per_step
+
+
+def _recall_class(item: dict[str, Any]) -> RecallClass:
+    # recordings made before there were classes: whether Moshi repeated the value
+    found = item.get("class", "own" if item.get("echo") else "heard")
+    if found not in get_args(RecallClass):
+        raise ValueError(f"class={found!r} is none of {', '.join(get_args(RecallClass))}")
+    return cast(RecallClass, found)
+
+
+def _unseen(item: dict[str, Any]) -> tuple[str, ...]:
+    found = item.get("unseen", [])
+    if not isinstance(found, list) or not all(isinstance(part, str) for part in found):
+        raise ValueError(f"unseen={found!r} is not a list of words")
+    return tuple(found)

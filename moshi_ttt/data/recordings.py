@@ -145,7 +145,12 @@ class RecordingReader:
             probes: tuple[Probe, ...] = ()
             if words is not None:
                 probes, problems = read_probes(
-                    entry.alignments_path, words, laid, codes[TEXT_ROW], tokenizer
+                    entry.alignments_path,
+                    words,
+                    laid,
+                    codes[TEXT_ROW],
+                    tokenizer,
+                    self._source.clock,
                 )
                 raise_together(entry.name, problems)
             recordings.append(EncodedRecording(entry.name, codes, probes))

@@ -9,12 +9,14 @@ from torch import Tensor
 from moshi_ttt.memory.config import MemoryConfig, resolve_layers
 from moshi_ttt.memory.gated_delta import GatedDelta
 from moshi_ttt.memory.gated_delta.reference import gated_delta_row
+from moshi_ttt.memory.projections import Corrected
 from moshi_ttt.memory.reference import ReferenceRow, over_rows
 from moshi_ttt.memory.rule import MemoryRule, MemoryState
 from moshi_ttt.memory.ttt import TTTMLP, TTTLinear
 from moshi_ttt.memory.ttt.reference import ttt_row
 
 __all__ = [
+    "Corrected",
     "GatedDelta",
     "MemoryConfig",
     "MemoryRule",
@@ -39,11 +41,7 @@ _ROOMS = {
 
 
 def build_rule(config: MemoryConfig, dim: int) -> MemoryRule:
-    """The rule that `config` names, for inputs of `dim` channels.
-
-    Raises:
-        UserError: the heads do not divide `dim`.
-    """
+    """The rule that the fitted `config` names, for inputs of `dim` channels."""
     return _ROOMS[config.rule].rule(dim, config)
 
 

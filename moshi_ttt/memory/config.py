@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,6 +11,8 @@ from moshi_ttt.errors import check_fields, check_setting
 
 Rule = Literal["ttt_linear", "ttt_mlp", "gated_delta"]
 RULES: tuple[Rule, ...] = get_args(Rule)
+Projections = Literal["own", "attention", "shared"]
+PROJECTIONS: tuple[Projections, ...] = get_args(Projections)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +26,19 @@ class MemoryConfig:
     """Layers that get a memory: `last:N`, `every:N` (the last of each N), or a list of indices."""
     placement: Literal["parallel", "post_attention"] = "parallel"
     """What the memory reads and joins: the normed input of attention, or attention's output."""
-    heads: int = 4
-    """Independent memories side by side, each with its own forgetting time."""
+    projections: Projections = "own"
+    """Where queries, keys, values and the read-out come from: `own` starts at random; `attention`
+    starts as a copy of the layer's attention (before its rotation); `shared` uses attention's own
+    frozen projections and learns a low-rank correction to them, which costs few parameters and
+    reads no weight twice. The latter two need placement=parallel."""
+    rank: int = 16
+    """Rank of the corrections of `shared` projections; the others do not use it."""
+    gate_init: float = 0.0
+    """Where the output gates start; 0 starts as Moshi itself, bit for bit. What is added is at most
+    tanh of it times the norm of the residual."""
+    heads: int | None = None
+    """Independent memories side by side, each with its own forgetting time; None: as many as
+    attention has heads."""
     head_dim: int | None = None
     """Channels of a head's keys and values; a head stores head_dim^2 fast weights (ttt_mlp:
     8 x head_dim^2). None: model dimension / heads."""
@@ -51,7 +65,21 @@ class MemoryConfig:
             "use parallel or post_attention",
         )
         _check("layers", self.layers, _well_formed(self.layers), _LAYERS_RULE)
-        check_fields(self, "heads", least=1, remedy="use a divisor of the model's channels, e.g. 4")
+        check_setting(
+            self.projections in PROJECTIONS,
+            "projections",
+            self.projections,
+            f"is none of {', '.join(PROJECTIONS)}; use one of them",
+        )
+        check_setting(
+            self.projections == "own" or self.placement == "parallel",
+            "projections",
+            self.projections,
+            "are of the normed input, which only placement=parallel reads; use own",
+        )
+        check_fields(self, "rank", least=1, remedy="use e.g. 16")
+        check_fields(self, "gate_init", above=-10, below=10, remedy="use e.g. 0.1")
+        check_fields(self, "heads", least=1, remedy="use null for as many as attention has")
         check_fields(self, "head_dim", least=2, remedy="use null for the model's channels / heads")
         check_fields(self, "mini_batch_steps", least=1, remedy="use e.g. 16")
         check_fields(self, "inner_lr", above=0, remedy="use e.g. 1.0")
@@ -64,22 +92,30 @@ class MemoryConfig:
         )
         check_fields(self, "write_gate", above=0, below=1, remedy="use e.g. 0.03")
 
-    def resolved_head_dim(self, dim: int) -> int:
-        """Channels of one head in a model of `dim` channels.
+    def fitted(self, dim: int, attention_heads: int) -> MemoryConfig:
+        """The same with `heads` and `head_dim` in numbers, for a layer of `dim` channels.
 
         Raises:
-            UserError: `head_dim` is not set and `heads` does not divide `dim`.
+            UserError: the heads do not divide `dim`, or do not fit attention's projections.
         """
-        if self.head_dim is not None:
-            return self.head_dim
+        heads = self.heads or attention_heads
+        if self.head_dim is None:
+            _check(
+                "heads",
+                heads,
+                dim % heads == 0 and dim // heads >= 2,
+                f"it must divide the model's {dim} channels into 2 or more a head; "
+                "use such a divisor, or set head_dim",
+            )
+        head_dim = self.head_dim or dim // heads
         _check(
-            "heads",
-            self.heads,
-            dim % self.heads == 0 and dim // self.heads >= 2,
-            f"it must divide the model's {dim} channels into 2 or more a head; "
-            "use such a divisor, or set head_dim",
+            "head_dim",
+            head_dim,
+            self.projections == "own" or heads * head_dim == dim,
+            f"projections={self.projections} have the model's {dim} channels; use null for the "
+            "model's channels / heads, or projections=own",
         )
-        return dim // self.heads
+        return dataclasses.replace(self, heads=heads, head_dim=head_dim)
 
 
 _LAYERS_RULE = "use last:N, every:N or a list of distinct layer indices, e.g. [25, 26]"

@@ -35,8 +35,9 @@ def over_rows(
 
 def projections(rule: MemoryRule, x: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Query, key, value [dh] and write gate [] of one head, for x [D]."""
+    weight: Any = rule.qkv.weight
     q, k, v = (
-        rule.qkv.weight[part * rule.width :][head * rule.head_dim :][: rule.head_dim] @ x
+        weight[part * rule.width :][head * rule.head_dim :][: rule.head_dim] @ x
         for part in range(3)
     )
     gate = torch.sigmoid(rule.write.weight[head] @ x + rule.write.bias[head])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.memory.config import MemoryConfig
+from moshi_ttt.memory.projections import Corrected
 
 MemoryState = dict[str, Tensor]
 """Tensors by name, batch first, in fp32 (fp64 in a double module); `updates` is int64 [B]."""
@@ -26,14 +27,20 @@ class MemoryRule(nn.Module, ABC):
     def __init__(self, dim: int, config: MemoryConfig) -> None:
         """Create and initialise the parameters for inputs of `dim` channels.
 
-        Raises:
-            UserError: the heads do not divide `dim`.
+        Args:
+            dim: channels of the input.
+            config: fitted, i.e. with `heads` and `head_dim` in numbers.
         """
         super().__init__()
-        self.heads = config.heads
-        self.head_dim = config.resolved_head_dim(dim)
-        self.qkv = nn.Linear(dim, 3 * self.width, bias=False)
-        nn.init.normal_(self.qkv.weight, std=dim**-0.5)
+        assert config.heads is not None
+        assert config.head_dim is not None
+        self.heads, self.head_dim = config.heads, config.head_dim
+        self.qkv: nn.Module
+        if config.projections == "shared":
+            self.qkv = Corrected(dim, 3 * self.width, config.rank)
+        else:
+            self.qkv = nn.Linear(dim, 3 * self.width, bias=False)
+            nn.init.normal_(self.qkv.weight, std=dim**-0.5)
         self.write = nn.Linear(dim, self.heads)
         nn.init.zeros_(self.write.weight)
         nn.init.constant_(self.write.bias, math.log(config.write_gate / (1 - config.write_gate)))
@@ -53,7 +60,7 @@ class MemoryRule(nn.Module, ABC):
 
         At a write gate of 0.005, bf16 would round most of every update away.
         """
-        return torch.promote_types(self.qkv.weight.dtype, torch.float32)
+        return torch.promote_types(self.write.weight.dtype, torch.float32)
 
     @property
     @abstractmethod
@@ -65,22 +72,23 @@ class MemoryRule(nn.Module, ABC):
         """The learned initial fast weights for each row; differentiable."""
 
     @abstractmethod
-    def _chunk_lengths(self, steps: int, state: MemoryState | None) -> Sequence[int]:
-        """How `steps` are cut for `_advance`; for 1 step this must not read `state`."""
-
-    @abstractmethod
-    def _advance(self, chunk: Sequence[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
-        """Run one chunk of n steps, in tensor code that never branches on data.
+    def _walk(
+        self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
+    ) -> tuple[Tensor, MemoryState]:
+        """Run T steps; for T = 1 in tensor code that never branches on data.
 
         Args:
-            chunk: what `_project` returned, n steps of it.
-            state: before the chunk.
+            inputs: what `_project` returned.
+            state: before the first step; None starts afresh.
+            mixed: whether the caller runs in mixed precision, so that sums in bf16 are welcome.
 
         Returns:
-            The read-out [B, H, n, dh] and the state after the chunk.
+            The read-out [B, H, T, dh] and the state after T steps.
         """
 
-    def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+    def forward(
+        self, x: Tensor, state: MemoryState | None = None, shared_qkv: Tensor | None = None
+    ) -> tuple[Tensor, MemoryState]:
         """Read and write T steps.
 
         The projections follow autocast, the inner maths does not. With T = 1 nothing waits for
@@ -89,25 +97,23 @@ class MemoryRule(nn.Module, ABC):
         Args:
             x: input, [B, T, D], any floating type.
             state: what `init_state` or an earlier call returned; None starts afresh.
+            shared_qkv: what attention's projection made of x, [B, T, 3 x H x dh], if it is shared.
 
         Returns:
             The read-out [B, T, H x dh] in the state's type, and the state after T steps.
         """
-        lengths = self._chunk_lengths(x.shape[1], state)
-        if state is None:
-            state = self.init_state(x.shape[0])
-        inputs = self._project(x.to(self.qkv.weight.dtype))
-        outputs = []
+        mixed = torch.is_autocast_enabled(x.device.type)
+        inputs = self._project(x.to(self.write.weight.dtype), shared_qkv)
         with torch.autocast(x.device.type, enabled=False):
-            for chunk in zip(*(tensor.split(lengths, dim=2) for tensor in inputs), strict=True):
-                y, state = self._advance(chunk, state)
-                outputs.append(y)
-        return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2), state
+            y, state = self._walk(inputs, state, mixed)
+        return y.transpose(1, 2).flatten(2), state
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor, shared_qkv: Tensor | None) -> tuple[Tensor, ...]:
         """Unit queries and keys, values [B, H, T, dh] and write gates [B, H, T, 1]."""
-        qkv = self.qkv(x).to(self.dtype).unflatten(-1, (3, self.heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x) if shared_qkv is None else self.qkv(x, shared_qkv.to(x.dtype))
+        q, k, v = (
+            qkv.to(self.dtype).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        )
         return _unit(q), _unit(k), v, self._per_head(self.write(x)).sigmoid()
 
     def _per_head(self, projected: Tensor) -> Tensor:

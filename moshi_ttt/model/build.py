@@ -52,7 +52,7 @@ def check_fits(config: ModelConfig, source: ModelSource) -> None:
     if config.train in WITH_MEMORY:
         with settings_at("memory"):
             resolve_layers(config.memory.layers, source.num_layers)
-            config.memory.resolved_head_dim(source.dim)
+            config.memory.fitted(source.dim, source.num_heads)
 
 
 def build_lm(

@@ -25,6 +25,7 @@ from moshi_ttt.model.compiling import compile_on_gpu_only
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TINY = "tiny"
 RANDOM_7B = "moshi7b-random"
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # training moves every weight: a few blocks tell it
 
 
 class ModelSource:
@@ -77,6 +78,11 @@ class ModelSource:
     def num_layers(self) -> int:
         """Layers of the temporal transformer."""
         return int(self._lm_config["num_layers"])
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the temporal transformer."""
+        return int(self._lm_config["num_heads"])
 
     @property
     def clock(self) -> Clock:
@@ -133,6 +139,19 @@ class ModelSource:
         with self._info.mimi_weights.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
+        return digest.hexdigest()
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """Tells bases apart whose weights differ; reads a sample of a large file."""
+        digest = hashlib.sha256(json.dumps(self._lm_config, sort_keys=True, default=str).encode())
+        if not self.random_lm:
+            path = self._info.moshi_weights
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for sample in range(_SAMPLES):
+                    file.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
     @cached_property

@@ -16,13 +16,17 @@ from torch import Tensor
 from moshi_ttt.errors import UserError, settings_at
 from moshi_ttt.files import write_bytes
 from moshi_ttt.memory import MemoryConfig
-from moshi_ttt.model.build import ModelConfig, build_lm, trainable_groups
+from moshi_ttt.model.build import TRAIN_BASE, ModelConfig, build_lm, trainable_groups
 from moshi_ttt.model.lora import LoraConfig
 from moshi_ttt.model.source import ModelSource, open_source
 
 
 def save_trained(
-    path: Path, weights: dict[str, Tensor], config: ModelConfig, trained_steps: int
+    path: Path,
+    weights: dict[str, Tensor],
+    config: ModelConfig,
+    trained_steps: int,
+    source: ModelSource,
 ) -> None:
     """Write trainable weights as safetensors, atomically, with what is needed to use them.
 
@@ -31,11 +35,13 @@ def save_trained(
         weights: trainable parameters by their name in the LM.
         config: how the model was built.
         trained_steps: clip length of the training, in steps.
+        source: opened `config.source`, whose base they belong to.
     """
     metadata = {
         "format": "moshi-ttt 1",
         "config": json.dumps(dataclasses.asdict(config)),
         "trained_steps": str(trained_steps),
+        "base": source.base_fingerprint,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_bytes(path, save(tensors, metadata))
@@ -54,8 +60,51 @@ def load_trained(
         LM in eval mode, its source, its config, and the clip length it was trained on in steps.
 
     Raises:
-        UserError: no such file, or not one of ours.
+        UserError: no such file, not one of ours, or its base has changed since.
     """
+    weights, metadata = _read(path, device)
+    with settings_at(f"{path}: model"):
+        config = _config_from_dict(json.loads(metadata["config"]))
+        source = open_source(config.source)
+        _check_base(path, metadata, config, source)
+        lm = build_lm(config, source, device)
+    expected = {name for group in trainable_groups(lm).values() for name in group}
+    if expected != weights.keys():
+        raise UserError(f"{path} does not fit its own config; it was written by another version")
+    lm.load_state_dict(weights, strict=False)
+    return lm.eval(), source, config, int(metadata["trained_steps"])
+
+
+def start_from(lm: LMModel, path: Path, source: ModelSource) -> None:
+    """Put the trained weights of another run in place of those that a new one starts with.
+
+    The file may hold a part of what trains now, such as the memory of a run that adds LoRA to it.
+
+    Args:
+        lm: built for the new run.
+        path: what `save_trained` wrote, or the Lightning checkpoint beside it.
+        source: where the base of `lm` came from.
+
+    Raises:
+        UserError: not such a file, of another base, or with weights that do not fit.
+    """
+    weights, metadata = _read(path, lm.device)
+    _check_base(path, metadata, _config_from_dict(json.loads(metadata["config"])), source)
+    mine = {name: p for group in trainable_groups(lm).values() for name, p in group.items()}
+    for name, tensor in weights.items():
+        if name not in mine or mine[name].shape != tensor.shape:
+            has = "nothing of that name trains"
+            if name in mine:
+                has = f"it is {list(mine[name].shape)}"
+            raise UserError(
+                f"model.init_from={path}: {name} is {list(tensor.shape)} there, and {has} here; "
+                "set model.train and model.memory as they were in that run"
+            )
+    lm.load_state_dict(weights, strict=False)
+
+
+def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights and metadata of one of our files."""
     path = path.with_suffix(".safetensors")
     if not path.is_file():
         raise UserError(
@@ -69,15 +118,21 @@ def load_trained(
         raise UserError(f"{path} is not a safetensors file ({error}); copy it again") from error
     if metadata.get("format") != "moshi-ttt 1":
         raise UserError(f"{path} holds no moshi-ttt weights; give a file of RUN/checkpoints")
-    with settings_at(f"{path}: model"):
-        config = _config_from_dict(json.loads(metadata["config"]))
-        source = open_source(config.source)
-        lm = build_lm(config, source, device)
-    expected = {name for group in trainable_groups(lm).values() for name in group}
-    if expected != weights.keys():
-        raise UserError(f"{path} does not fit its own config; it was written by another version")
-    lm.load_state_dict(weights, strict=False)
-    return lm.eval(), source, config, int(metadata["trained_steps"])
+    return weights, metadata
+
+
+def _check_base(
+    path: Path, metadata: dict[str, str], config: ModelConfig, source: ModelSource
+) -> None:
+    """Weights mean something on their own base only; where that base trained, they are the base."""
+    if config.train in TRAIN_BASE:
+        return
+    known = metadata.get("base")  # the first files did not say
+    if known is not None and known != source.base_fingerprint:
+        raise UserError(
+            f"{path} was trained on the base {config.source} ({known[:12]}), and {source.name} is "
+            f"another one ({source.base_fingerprint[:12]}); use the base it was trained on"
+        )
 
 
 def _config_from_dict(values: dict[str, Any]) -> ModelConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from moshi.models.lm import LMModel, LMOutput
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.errors import check_fields
-from moshi_ttt.model.hybrid import BranchStats
+from moshi_ttt.model.branch import BranchStats
 from moshi_ttt.rows import Rows
 
 WALL_START = 0.75  # part of the target ratio that is free of charge
@@ -31,6 +32,9 @@ class LossConfig:
     magnitude_target: float = 0.1
     """Branch ratio (branch norm over residual norm) to stay under; the regulariser rises from
     three quarters of it on."""
+    magnitude_over: Literal["positions", "mean"] = "positions"
+    """What the target holds for: the ratio at every position, or each layer's mean over the batch,
+    so that a memory may speak up where it knows something and be silent elsewhere."""
 
     def __post_init__(self) -> None:
         check_fields(self, "text_padding_weight", "first_codebook_weight", least=0)
@@ -94,7 +98,7 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def magnitude_penalty(stats: Mapping[int, list[BranchStats]], target: float) -> Tensor:
+def magnitude_penalty(stats: Mapping[int, list[BranchStats]], config: LossConfig) -> Tensor:
     """A soft wall in front of the target ratio, mean over layers and positions.
 
     `relu((ratio - s target) / (target - s target))^2` with s = 0.75: nothing up to s x target, 1
@@ -103,9 +107,14 @@ def magnitude_penalty(stats: Mapping[int, list[BranchStats]], target: float) -> 
 
     Args:
         stats: of every hybrid layer, from `observe_branches`.
-        target: branch ratio to stay under.
+        config: target, and what it holds for.
     """
-    ratios = torch.cat([_defined_ratios(one) for seen in stats.values() for one in seen])
+    seen = [_defined_ratios(one) for stats_of_layer in stats.values() for one in stats_of_layer]
+    if config.magnitude_over == "mean":
+        ratios = torch.stack([one.mean() for one in seen])
+    else:
+        ratios = torch.cat(seen)
+    target = config.magnitude_target
     free = WALL_START * target
     return F.relu((ratios - free) / (target - free)).square().mean()
 

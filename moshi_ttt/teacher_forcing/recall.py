@@ -4,30 +4,44 @@ A memory probe (`moshi_ttt.data.probes`) is a question whose answer was said som
 The recording is read teacher-forced, and the words of the answer are what is measured: a model
 whose attention still reaches the fact, or whose memory holds it, names them; any other can only
 guess among the values of the kind.
+
+That a memory is used is another claim. It is tested by reading the same questions again with the
+memory taken away just before each of them, and with that of another conversation in its place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
+from tqdm import tqdm
 
-from moshi_ttt.data import Probe
+from moshi_ttt.data import EncodedRecording, Probe
+from moshi_ttt.memory import MemoryState
+from moshi_ttt.model.hybrid import memory_swapped
 from moshi_ttt.rows import TEXT_ROW
 
 GAP_CENTRES_SEC = (4, 10, 20, 40, 60, 90, 120, 180, 240)
 """Middles of the bins of `ProbeRecall`; their edges are the geometric means of neighbours."""
+GROUPS = ("own", "heard", "own_unseen", "heard_unseen")
+"""Classes of probes; apart from them those of which something is in no training recording."""
+Memory = Literal["kept", "reset", "other"]
+"""What a question is read with: what was remembered, nothing, or another conversation's memory."""
+MEMORIES: tuple[Memory, ...] = get_args(Memory)
+Recall = dict[str, dict[str, list[float]]]
+"""By group, then by quantity, a value a bin that holds words: what `recall_record` gives."""
 
 
 class ProbeRecall(Metric):
-    """NLL and accuracy of the answers of memory probes, by gap.
+    """NLL and accuracy of the answers of memory probes, by group and gap.
 
     The NLL is over the full vocabulary, in nats a token. The accuracy is of words, *given that a
     word is spoken*: each of its tokens must be the likeliest that is not padding. When to speak is
@@ -44,7 +58,7 @@ class ProbeRecall(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in ("tokens", "nll", "words", "right", "chance"):
-            zeros = torch.zeros(len(GAP_CENTRES_SEC), dtype=torch.float64)
+            zeros = torch.zeros(len(GROUPS), len(GAP_CENTRES_SEC), dtype=torch.float64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, lm: LMModel, output: LMOutput, codes: Tensor, probes: Sequence[Probe]) -> None:
@@ -57,7 +71,7 @@ class ProbeRecall(Metric):
             probes: of the recording; answers that are not wholly inside T are left out.
         """
         words = [
-            (gap_bin(probe.gap_sec), probe.chance, steps)
+            (group_of(probe), gap_bin(probe.gap_sec), probe.chance, steps)
             for probe in probes
             if all(steps.stop <= codes.shape[-1] for steps in probe.answer_steps)
             for steps in probe.answer_steps
@@ -72,15 +86,15 @@ class ProbeRecall(Metric):
         nll = F.cross_entropy(logits, targets, reduction="none").double().split(lengths)
         logits[:, [lm.text_padding_token_id, lm.end_of_text_padding_id]] = -math.inf
         right = (logits.argmax(dim=-1) == targets).split(lengths)
-        for word, (row, chance, steps) in enumerate(words):
-            self.tokens[row] += len(steps)
-            self.nll[row] += nll[word].sum()
-            self.words[row] += 1
-            self.right[row] += right[word].all()
-            self.chance[row] += chance
+        for word, (group, row, chance, steps) in enumerate(words):
+            self.tokens[group, row] += len(steps)
+            self.nll[group, row] += nll[word].sum()
+            self.words[group, row] += 1
+            self.right[group, row] += right[word].all()
+            self.chance[group, row] += chance
 
     def compute(self) -> dict[str, Tensor]:
-        """[bins] each: `words`, and `accuracy`, `chance` and `nll`, NaN in a bin without a word."""
+        """[groups, bins] each: `words`, and `accuracy`, `chance` and `nll`, NaN without a word."""
         return {
             "words": self.words,
             "accuracy": self.right / self.words,
@@ -89,13 +103,73 @@ class ProbeRecall(Metric):
         }
 
 
+def group_of(probe: Probe) -> int:
+    """Index into `GROUPS`."""
+    return GROUPS.index(probe.recall_class + "_unseen" * bool(probe.unseen))
+
+
 def gap_bin(gap_sec: float) -> int:
     """The bin of a gap; the first and the last bin are open to their sides."""
     return sum(gap_sec >= math.sqrt(low * high) for low, high in pairwise(GAP_CENTRES_SEC))
 
 
-def recall_record(metric: ProbeRecall) -> dict[str, list[float]] | None:
-    """Content of `probes.json`: one list a quantity over the bins that hold words.
+@torch.no_grad()
+def read_recall(
+    lm: LMModel, recordings: Sequence[EncodedRecording], memory: Memory, max_steps: int
+) -> Recall | None:
+    """Read recordings for their probes alone.
+
+    Args:
+        lm: model under test, in eval mode; with a memory, unless it is kept.
+        recordings: whole recordings.
+        memory: what each question is read with.
+        max_steps: how far a recording is read at most.
+
+    Returns:
+        None if no probe was measured.
+    """
+    # one process evaluates while the others wait: adding up over all of them would wait for ever
+    metric = ProbeRecall(sync_on_compute=False).to(lm.device)
+    others: list[Mapping[int, MemoryState] | None] = [None] * len(recordings)
+    if memory == "other":
+        others = _memories_of_others(lm, recordings, max_steps)
+    bar = tqdm(recordings, desc=f"recall, {memory}", unit="recording", leave=False)
+    for recording, other in zip(bar, others, strict=True):
+        codes = recording.codes[None, :, : _last_step(recording, max_steps)].to(lm.device)
+        asked = sorted(_question(probe) for probe in recording.probes)
+        scope: AbstractContextManager[Any] = nullcontext()
+        if memory != "kept":
+            scope = memory_swapped(lm, asked, other)
+        with scope:
+            metric.update(lm, lm(codes), codes, recording.probes)
+    return recall_record(metric)
+
+
+def _memories_of_others(
+    lm: LMModel, recordings: Sequence[EncodedRecording], max_steps: int
+) -> list[Mapping[int, MemoryState] | None]:
+    """For each recording, what the memories hold at the end of the one before it."""
+    ends: list[Mapping[int, MemoryState] | None] = []
+    for recording in recordings:
+        codes = recording.codes[None, :, : _last_step(recording, max_steps)].to(lm.device)
+        with memory_swapped(lm) as swaps:
+            lm(codes)
+        ends.append({index: swap.last for index, swap in swaps.items() if swap.last is not None})
+    return [ends[-1], *ends[:-1]]
+
+
+def _question(probe: Probe) -> int:
+    """Step in which the question starts, or the answer if nothing is known of the question."""
+    return probe.answer_steps[0].start if probe.asked_step is None else probe.asked_step
+
+
+def _last_step(recording: EncodedRecording, max_steps: int) -> int:
+    last = max((word.stop for one in recording.probes for word in one.answer_steps), default=1)
+    return min(last, max_steps)
+
+
+def recall_record(metric: ProbeRecall) -> Recall | None:
+    """Lists over the bins that hold words, by group and quantity.
 
     `gap_sec` (middle of the bin), `words`, `accuracy`, `low` and `high` (95 % Wilson interval of
     the accuracy, as if words were independent), `chance` (mean of the probes), `nll`.
@@ -104,20 +178,21 @@ def recall_record(metric: ProbeRecall) -> dict[str, list[float]] | None:
         None if no probe was measured.
     """
     values = {name: value.tolist() for name, value in metric.compute().items()}
-    rows = [row for row, words in enumerate(values["words"]) if words]
-    if not rows:
-        return None
-    record = {name: [value[row] for row in rows] for name, value in values.items()}
-    intervals = [
-        wilson_interval(accuracy, words)
-        for accuracy, words in zip(record["accuracy"], record["words"], strict=True)
-    ]
-    return {
-        "gap_sec": [GAP_CENTRES_SEC[row] for row in rows],
-        **record,
-        "low": [low for low, _ in intervals],
-        "high": [high for _, high in intervals],
-    }
+    record: Recall = {}
+    for group, name in enumerate(GROUPS):
+        rows = [row for row, words in enumerate(values["words"][group]) if words]
+        if not rows:
+            continue
+        found = {what: [value[group][row] for row in rows] for what, value in values.items()}
+        pairs = zip(found["accuracy"], found["words"], strict=True)
+        intervals = [wilson_interval(accuracy, words) for accuracy, words in pairs]
+        record[name] = {
+            "gap_sec": [GAP_CENTRES_SEC[row] for row in rows],
+            **found,
+            "low": [low for low, _ in intervals],
+            "high": [high for _, high in intervals],
+        }
+    return record or None
 
 
 def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 import soundfile
+from splits import SPLITS
 from timeline import plan
 from tqdm import tqdm
 from utterance import SAMPLE_RATE
@@ -33,10 +34,7 @@ from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_atomic, write_bytes
 
-SPLITS = ("train", "heldout")
 FORMATS = ("flac", "ogg", "wav")
-HELD_OUT_VOICE_SHARE = 0.5
-"""How often the user of a held-out conversation has a voice that no training recording has."""
 _VORBIS_COMPRESSION = 0.87
 
 
@@ -63,13 +61,17 @@ class Recipe:
 
     def rng(self, stream: int) -> np.random.Generator:
         """Random numbers of its own; streams are independent."""
-        return np.random.default_rng((self.seed, SPLITS.index(self.split), self.index, stream))
+        return np.random.default_rng(
+            (self.seed, list(SPLITS).index(self.split), self.index, stream)
+        )
 
 
-def recipes(hours: float, split: str, seed: int, minutes: tuple[float, float]) -> Iterator[Recipe]:
-    """As many conversations as it takes to fill `hours`."""
+def recipes(
+    hours: float, split: str, seed: int, minutes: tuple[float, float], first: int = 0
+) -> Iterator[Recipe]:
+    """As many conversations as it takes to fill `hours`, the first of them number `first`."""
     left_sec = 3600 * hours
-    for index in itertools.count():
+    for index in itertools.count(first):
         if left_sec <= 0:
             return
         recipe = Recipe(seed, split, index, minutes)
@@ -79,7 +81,7 @@ def recipes(hours: float, split: str, seed: int, minutes: tuple[float, float]) -
 
 def user_voice(split: str, rng: np.random.Generator) -> str:
     """Who speaks on the right."""
-    held_out = split == "heldout" and rng.random() < HELD_OUT_VOICE_SHARE
+    held_out = rng.random() < SPLITS[split].held_out_voice_share
     names = HELD_OUT_VOICES if held_out else USER_VOICES
     return names[rng.integers(len(names))]
 
@@ -99,7 +101,7 @@ def record(path: Path, recipe: Recipe) -> float:
         voice(name, int(rng.integers(2**24)), speed)
         for name, speed in zip(names, speeds, strict=True)
     )
-    made = plan((left, right), rng, recipe.least_sec, recipe.split)
+    made = plan((left, right), rng, recipe.least_sec, SPLITS[recipe.split])
     stereo = made.mix(rng)
     content = {
         "alignments": made.alignments(),
@@ -157,6 +159,7 @@ def main(
     split: str = "train",
     seed: int = 0,
     minutes: tuple[float, float] = (3.0, 15.0),
+    first: int = 0,
     workers: int = 1,
     suffix: str = "flac",
 ) -> None:
@@ -172,10 +175,12 @@ def main(
             f"--minutes {minutes[0]:g} {minutes[1]:g} must be at least 1 and in order; give the "
             "shortest and the longest conversation, such as 3 15"
         )
+    if first < 0:
+        raise UserError(f"--first {first} must be at least 0; give the number to begin with")
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1; give the cores to use")
     check_packages()
-    todo = list(recipes(hours, split, seed, minutes))
+    todo = list(recipes(hours, split, seed, minutes, first))
     paths = {recipe: out / f"{recipe.name}.{suffix}" for recipe in todo}
     durations_sec = {
         recipe: seconds
@@ -211,7 +216,7 @@ if __name__ == "__main__":
     add: Any = parser.add_argument
     add("out", type=Path, help="Folder to write.")
     add("--hours", type=float, required=True, help="Hours of audio.")
-    add("--split", choices=SPLITS, default="train", help="Topics, voices and gaps.")
+    add("--split", choices=SPLITS, default="train", help="Which set of splits.py.")
     add("--seed", type=int, default=0, help="Seed of everything.")
     add(
         "--minutes",
@@ -221,6 +226,7 @@ if __name__ == "__main__":
         metavar=("SHORTEST", "LONGEST"),
         help="Length of a conversation.",
     )
+    add("--first", type=int, default=0, help="Number of the first conversation, to go on from.")
     add("--workers", type=int, default=os.cpu_count(), help="Processes.")
     add("--format", choices=FORMATS, default="flac", help="Of the sound.")
     arguments = parse(parser, None)
@@ -232,6 +238,7 @@ if __name__ == "__main__":
             split=arguments.split,
             seed=arguments.seed,
             minutes=tuple(arguments.minutes),
+            first=arguments.first,
             workers=arguments.workers,
             suffix=arguments.format,
         )

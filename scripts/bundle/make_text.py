@@ -1,12 +1,15 @@
 """Write conversations as text alone, to be trained on beside spoken ones.
 
     python scripts/bundle/make_text.py build/train/manifest.jsonl --hours 300 --model build/tiny
+    python scripts/bundle/make_text.py build/far/manifest.jsonl --split far --hours 300 \
+        --minutes 5 8 --model build/tiny
 
 Moshi's language model was one of text before it heard anything, and so is the tiny one: recall and
 grammar need far more words than anyone wants to synthesise and encode. Each file holds what Moshi
 says, laid over steps as if it were spoken; the audio is unknown (-1), which is no input and no
-target. Writes FOLDER/text-NNNNN.npz beside the recordings, and FOLDER/with_text.jsonl, which names
-both. Conversation i depends on the seed and i alone.
+target. All facts are Moshi's own: one that only the user says is nowhere in such a file. Writes
+FOLDER/text-SPLIT-NNNNN.npz beside the recordings, and FOLDER/with_text.jsonl, which names both.
+Conversation i depends on the seed, the split, the range of lengths and i alone.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from make_conversations import Recipe, recipes
+from splits import SPLITS
 from timeline import SPEAKERS, plan
 from tqdm import tqdm
 from utterance import SAMPLE_RATE, Utterance
@@ -37,7 +42,6 @@ from moshi_ttt.files import write_bytes
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.rows import TEXT_ROW, Rows
 
-MINUTES = (3.0, 15.0)
 _STREAM = 2  # of a recipe's random numbers; speech has 0 and 1
 _WORD_SEC, _LETTER_SEC, _PAUSE_SEC = 0.012, 0.050, 0.16
 """From one word to the next, its letters, and what the last of a sentence takes more: means of the
@@ -71,7 +75,8 @@ def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> dict[str, o
         Its line of the manifest.
     """
     rng = recipe.rng(_STREAM)
-    made = plan((Reader(rng), Reader(rng)), rng, recipe.least_sec, recipe.split)
+    split = replace(SPLITS[recipe.split], own_share=1.0)
+    made = plan((Reader(rng), Reader(rng)), rng, recipe.least_sec, split)
     words = [Word(text, *span) for text, span, who in made.alignments() if who == SPEAKERS[0]]
     clock = source.clock
     steps = clock.steps(made.duration_sec)
@@ -85,12 +90,21 @@ def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> dict[str, o
     )
     codes = torch.full((Rows.of(source).count, steps), ZERO_TOKEN)
     codes[TEXT_ROW] = laid.tokens
-    path = folder / f"text-{recipe.index:05d}{CODES_SUFFIX}"
+    path = folder / f"text-{recipe.name}{CODES_SUFFIX}"
     write_codes(path, codes, CodesFormat.of(source), f"text of {recipe}")
     return {"path": path.name, "duration": round(clock.seconds(steps), 4)}
 
 
-def main(manifest: Path, *, hours: float, model: str, seed: int, workers: int) -> None:
+def main(
+    manifest: Path,
+    *,
+    hours: float,
+    model: str,
+    split: str = "train",
+    minutes: tuple[float, float] = (3.0, 15.0),
+    seed: int = 0,
+    workers: int = 1,
+) -> None:
     """Write the text files and the manifest of all.
 
     Raises:
@@ -100,7 +114,7 @@ def main(manifest: Path, *, hours: float, model: str, seed: int, workers: int) -
         raise UserError(f"--hours {hours:g} must be above 0; give hours of text, such as 300")
     _, problems = read_manifest(manifest)
     raise_together(str(manifest), problems)
-    todo = list(recipes(hours, "train", seed, MINUTES))
+    todo = list(recipes(hours, split, seed, minutes))
     with settings_at("", source="--model"):
         source = open_source(model)
     write = partial(write_text, folder=manifest.parent, source=source)
@@ -118,6 +132,15 @@ if __name__ == "__main__":
     add("manifest", type=Path, help="Spoken recordings, whose folder is written to.")
     add("--hours", type=float, required=True, help="Hours of text.")
     add_model(parser, required=True)
+    add("--split", choices=SPLITS, default="train", help="Which set of splits.py.")
+    add(
+        "--minutes",
+        type=float,
+        nargs=2,
+        default=[3.0, 15.0],
+        metavar=("SHORTEST", "LONGEST"),
+        help="Length of a conversation.",
+    )
     add("--seed", type=int, default=0, help="Seed of everything.")
     add("--workers", type=int, default=os.cpu_count(), help="Processes.")
     run_program(partial(main, **vars(parse(parser, None))))

@@ -94,6 +94,11 @@ def build_lm(seed: int) -> LMModel:
         if "out_projs" in name or name.endswith("linear_out"):
             std /= math.sqrt(2 * LAYERS)
         nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+    # 16 of the 17 rows that are added up at the input are audio: at the start they weigh as much as
+    # the text, which has most of what there is to learn, and is otherwise drowned
+    with torch.no_grad():
+        for table in lm.emb:
+            table.weight.mul_(lm.n_q**-0.5)  # type: ignore[operator]
     return lm
 
 

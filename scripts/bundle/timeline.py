@@ -10,12 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import probes
-from conversation import USER, Turn, backchannel, conversation
+from conversation import USER, Contribution, backchannel, conversation
+from splits import Split
 from utterance import SAMPLE_RATE, Utterance
 from voices import Speaker
 
 SPEAKERS = ("SPEAKER_MAIN", "SPEAKER_USER")  # left channel, right channel
-_NOISE_RMS = 2e-4  # -74 dB: a quiet room, never digital silence
+_FLOOR_DB = (-80.0, -55.0)
+"""Noise of a side's room against full scale, from the quietest to the loudest."""
+_DIGITAL_SILENCE_SHARE = 0.1
+"""How often a side has no noise at all, as where a codec has taken it away."""
 
 _WAIT_SEC = 1.6
 """A question that is due this soon is waited for."""
@@ -80,11 +84,14 @@ class Probe:
         return {
             "kind": self.fact.kind,
             "key": self.fact.key,
+            "class": self.fact.recall_class,
+            "unseen": list(self.fact.unseen),
             "asked_by": SPEAKERS[self.owner],
             "answered_by": SPEAKERS[1 - self.owner],
             "fact": self._value(self.planted),
             "echo": self._value(self.echo),
             "asked_at": asked_sec,
+            "asked_until": self.asked.words[-1][1][1],
             "answer": self._value(self.answered),
             "gap_sec": round(asked_sec - self._last_mention_sec, 3),
             "chance": self.fact.chance,
@@ -116,9 +123,11 @@ class Plan:
         return sorted(words, key=lambda word: word[1])
 
     def mix(self, rng: np.random.Generator) -> np.ndarray:
-        """Both sides with a faint noise floor, [samples, 2] float32; left is speaker 0."""
+        """Both sides, each on its own noise floor, [samples, 2] float32; left is speaker 0."""
         samples = round(self.duration_sec * SAMPLE_RATE)
-        stereo = rng.standard_normal((samples, 2), dtype=np.float32) * np.float32(_NOISE_RMS)
+        floor_rms = 10 ** (rng.uniform(*_FLOOR_DB, 2) / 20)
+        floor_rms[rng.random(2) < _DIGITAL_SILENCE_SHARE] = 0
+        stereo = rng.standard_normal((samples, 2), dtype=np.float32) * floor_rms.astype(np.float32)
         for item in self.placed:
             first = round(item.start_sec * SAMPLE_RATE)
             stereo[first : first + len(item.utterance.audio), item.speaker] += item.utterance.audio
@@ -126,7 +135,7 @@ class Plan:
 
 
 def plan(
-    voices: tuple[Speaker, Speaker], rng: np.random.Generator, least_sec: float, split: str
+    voices: tuple[Speaker, Speaker], rng: np.random.Generator, least_sec: float, split: Split
 ) -> Plan:
     """A conversation of `least_sec` seconds and a few more, until the last question is answered.
 
@@ -134,7 +143,7 @@ def plan(
         voices: left and right side.
         rng: text, roles, pauses and gaps.
         least_sec: length to reach.
-        split: "train" or "heldout": which topics, and which paces of the probes.
+        split: whose topics, paces and probes these are.
     """
     return _Planner(voices, rng, least_sec, split).run()
 
@@ -145,26 +154,25 @@ class _Planner:
         voices: tuple[Speaker, Speaker],
         rng: np.random.Generator,
         least_sec: float,
-        split: str,
+        split: Split,
     ) -> None:
         self._voices = voices
         self._rng = rng
         self._least_sec = least_sec
-        self._held_out = split == "heldout"
-        paces = probes.PACES[split]
-        self._pace = paces[rng.integers(len(paces))]
+        self._split = split
+        self._pace = split.paces[rng.integers(len(split.paces))]
         self._placed: list[Placed] = []
         self._probes: list[Probe] = []
         self._last_speaker = USER
         self._free_sec = [0.0, 0.0]  # from when on each side may speak again
-        self._end_sec = 0.3  # of the last turn
+        self._end_sec = 0.3  # of the last contribution
         self._may_overlap = False
         self._next_plant_sec = rng.uniform(*self._pace.plant_every_sec)
         self._pair = False
 
     def run(self) -> Plan:
-        for turn in conversation(self._rng, held_out=self._held_out):
-            self._small_talk(turn)
+        for said in conversation(self._rng, held_out=self._split.held_out_topics):
+            self._small_talk(said)
             if self._end_sec >= self._least_sec and not self._alive():
                 break
         return Plan(self._placed, self._probes)
@@ -172,21 +180,21 @@ class _Planner:
     def _alive(self) -> list[Probe]:
         return [probe for probe in self._probes if probe.answered is None]
 
-    def _small_talk(self, turn: Turn) -> None:
-        """One turn; probes may come before it or between its sentences."""
+    def _small_talk(self, said: Contribution) -> None:
+        """One contribution; probes may come before it or between its sentences."""
         rng = self._rng
         start_sec: float | None = None
-        for sentence in turn.sentences:
+        for sentence in said.sentences:
             if self._run_probes():
                 start_sec = None
-            pause_sec = rng.uniform(0.2, 0.6) if start_sec else self._pause_sec(turn.speaker)
-            placed = self._place(turn.speaker, self._end_sec + pause_sec, sentence)
+            pause_sec = rng.uniform(0.2, 0.6) if start_sec else self._pause_sec(said.speaker)
+            placed = self._place(said.speaker, self._end_sec + pause_sec, sentence)
             start_sec = start_sec or placed.start_sec
-            self._last_speaker, self._end_sec = turn.speaker, placed.end_sec
+            self._last_speaker, self._end_sec = said.speaker, placed.end_sec
             self._may_overlap = True
         if start_sec and self._end_sec - start_sec > 2.5 and rng.random() < 0.4:
             listener_sec = rng.uniform(start_sec + 0.8, self._end_sec - 0.8)
-            self._place(1 - turn.speaker, listener_sec, backchannel(rng))
+            self._place(1 - said.speaker, listener_sec, backchannel(rng))
 
     def _run_probes(self) -> bool:
         """Ask and plant what is due now; whether anything was said."""
@@ -218,12 +226,17 @@ class _Planner:
         weights = np.where(fits, shares, 0) / np.where(fits, room_sec, 1)
         gap_sec = float(rng.choice(gaps_sec, p=weights / weights.sum()))
 
-        fact = probes.draw(rng, [probe.fact for probe in alive])
+        fact = probes.draw(
+            rng,
+            [probe.fact for probe in alive],
+            own_share=self._split.own_share,
+            unseen_share=self._split.unseen_share,
+        )
         owner = USER if rng.random() < probes.USER_ASKS_SHARE else 1 - USER
-        planted = self._probe_turn(owner, fact.plant(rng))
-        echoed = rng.random() < probes.ECHO_SHARE
-        reply = self._probe_turn(1 - owner, fact.echo(rng) if echoed else fact.no_echo(rng))
-        self._probes.append(Probe(fact, owner, gap_sec, planted, reply if echoed else None))
+        planted = self._say(owner, fact.plant(rng))
+        reply = self._say(1 - owner, fact.acknowledge(rng))
+        echo = reply if fact.recall_class == "own" else None
+        self._probes.append(Probe(fact, owner, gap_sec, planted, echo))
         self._pair = rng.random() < _PAIR_SHARE
         self._next_plant_sec = now_sec
         if not self._pair:
@@ -232,10 +245,10 @@ class _Planner:
 
     def _ask(self, probe: Probe) -> None:
         fact, rng = probe.fact, self._rng
-        probe.asked = self._probe_turn(probe.owner, fact.ask(rng), probe.due_sec)
-        probe.answered = self._probe_turn(1 - probe.owner, fact.answer(rng))
+        probe.asked = self._say(probe.owner, fact.ask(rng), probe.due_sec)
+        probe.answered = self._say(1 - probe.owner, fact.answer(rng))
 
-    def _probe_turn(self, speaker: int, text: str, earliest_sec: float = 0.0) -> Placed:
+    def _say(self, speaker: int, text: str, earliest_sec: float = 0.0) -> Placed:
         """Say `text` alone, its first word not before `earliest_sec`; the last sentence said."""
         at_sec = max(self._end_sec + self._rng.uniform(0.2, 0.5), earliest_sec)
         for sentence in probes.split(text):

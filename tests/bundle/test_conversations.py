@@ -15,8 +15,17 @@ from moshi_ttt.data.alignments import read_alignments
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo"
-WORD_SEC, SPOKEN_SEC, MARGIN_SEC = 0.3, 0.26, 0.05
-MODULES = ("conversation", "make_conversations", "probes", "timeline", "voices")
+WORD_SEC, SPOKEN_SEC, MARGIN_SEC = 0.25, 0.21, 0.05
+MODULES = (
+    "conversation",
+    "make_conversations",
+    "probe_words",
+    "probes",
+    "splits",
+    "timeline",
+    "voices",
+)
+SPLITS = ("train", "far", "heldout", "final")
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +53,17 @@ class Metronome:
 def make_plan(scripts: dict[str, ModuleType], split: str, seed: int, minutes: float = 8) -> Any:
     speaker = Metronome(scripts["voices"].Utterance)
     rng = np.random.default_rng(seed)
-    return scripts["timeline"].plan((speaker, speaker), rng, 60 * minutes, split)
+    chosen = scripts["splits"].SPLITS[split]
+    return scripts["timeline"].plan((speaker, speaker), rng, 60 * minutes, chosen)
 
 
 @pytest.fixture(scope="module")
 def plans(scripts: dict[str, ModuleType]) -> dict[str, list[Any]]:
-    return {s: [make_plan(scripts, s, seed) for seed in range(6)] for s in ("train", "heldout")}
+    return {s: [make_plan(scripts, s, seed) for seed in range(4, 13)] for s in SPLITS}
 
 
 def every_plan(plans: dict[str, list[Any]]) -> list[Any]:
-    return plans["train"] + plans["heldout"]
+    return [plan for split in SPLITS for plan in plans[split]]
 
 
 def every_probe(plans: dict[str, list[Any]]) -> list[Any]:
@@ -77,15 +87,17 @@ def test_a_recipe_depends_on_nothing_before_it(scripts: dict[str, ModuleType]) -
     assert all(180 <= recipe.least_sec <= 900 for recipe in many)
     assert sum(recipe.least_sec for recipe in many) >= 4 * 3600
     assert len({float(recipe.rng(1).random()) for recipe in many}) == len(many)
+    later = list(make.recipes(1, "train", 0, (3.0, 15.0), first=2))
+    assert later[:3] == many[2:5]
 
 
 def test_splits_and_seeds_draw_different_numbers(scripts: dict[str, ModuleType]) -> None:
     recipe = scripts["make_conversations"].Recipe
     drawn = {
         float(recipe(seed, split, 0, (3.0, 15.0)).rng(stream).random())
-        for seed, split, stream in itertools.product((0, 1), ("train", "heldout"), (0, 1))
+        for seed, split, stream in itertools.product((0, 1), SPLITS, (0, 1))
     }
-    assert len(drawn) == 8
+    assert len(drawn) == 16
 
 
 def test_conversations_reach_their_length_and_end_soon_after(plans: dict[str, list[Any]]) -> None:
@@ -137,36 +149,163 @@ def test_a_question_comes_after_its_gap_and_not_long_after(plans: dict[str, list
     assert np.quantile(late_sec, 0.95) < 10
 
 
-def test_short_gaps_dominate_training_and_held_out_gaps_are_spread(
+def test_gaps_are_short_in_training_long_in_far_and_spread_in_held_out_sets(
     scripts: dict[str, ModuleType], plans: dict[str, list[Any]]
 ) -> None:
     def share(split: str, *gaps_sec: float) -> float:
         drawn = [probe.drawn_gap_sec for plan in plans[split] for probe in plan.probes]
         return sum(gap_sec in gaps_sec for gap_sec in drawn) / len(drawn)
 
-    assert 0.5 < share("train", 1, 3, 4, 6) < 0.95
-    for gap_sec in scripts["probes"].SPREAD.gap_shares:
-        assert 0.04 < share("heldout", gap_sec) < 0.2
+    assert 0.6 < share("train", 1, 3, 4, 6, 8) < 0.98
+    assert 0.75 < share("far", 20, 40, 60, 90, 120) < 0.98
+    for gap_sec in scripts["splits"].SPREAD.gap_shares:
+        for split in ("heldout", "final"):
+            assert 0.05 < share(split, gap_sec) < 0.18
+
+
+def test_shares_of_gaps_add_up(scripts: dict[str, ModuleType]) -> None:
+    for split in scripts["splits"].SPLITS.values():
+        for pace in split.paces:
+            assert sum(pace.gap_shares.values()) == pytest.approx(1)
 
 
 def test_calm_and_drilling_conversations_are_both_trained_on(plans: dict[str, list[Any]]) -> None:
     every_sec = [plan.duration_sec / len(plan.probes) for plan in plans["train"]]
     assert min(every_sec) < 12 < 14 < max(every_sec)
-    assert all(13 < plan.duration_sec / len(plan.probes) < 22 for plan in plans["heldout"])
+    for split in ("far", "heldout", "final"):
+        assert all(8 < plan.duration_sec / len(plan.probes) < 18 for plan in plans[split])
 
 
-def test_a_drill_plants_asks_and_answers_within_a_clip_of_15_s(plans: dict[str, list[Any]]) -> None:
-    drill = min(plans["train"], key=lambda plan: plan.duration_sec / len(plan.probes))
+def test_most_facts_of_a_drill_are_planted_asked_and_answered_within_a_clip_of_15_s(
+    plans: dict[str, list[Any]],
+) -> None:
+    drills = [p for p in plans["train"] if max(q.drawn_gap_sec for q in p.probes) <= 8]
+    assert drills
+    assert len(drills) < len(plans["train"])
     spans_sec = [
-        probe.answered.end_sec - (probe.echo or probe.planted).start_sec for probe in drill.probes
+        probe.answered.end_sec - (probe.echo or probe.planted).start_sec
+        for drill in drills
+        for probe in drill.probes
     ]
-    assert np.quantile(spans_sec, 0.9) < 15
+    assert np.quantile(spans_sec, 0.75) < 15
 
 
-def test_most_probes_are_echoed_and_asked_by_the_user(plans: dict[str, list[Any]]) -> None:
+def test_the_user_asks_nearly_always(plans: dict[str, list[Any]]) -> None:
     records = [probe.record() for probe in every_probe(plans)]
-    assert 0.7 < np.mean([bool(record["echo"]) for record in records]) < 0.9
-    assert 0.75 < np.mean([r["asked_by"] == "SPEAKER_USER" for r in records]) < 0.95
+    assert 0.9 < np.mean([r["asked_by"] == "SPEAKER_USER" for r in records]) < 0.99
+
+
+def test_most_facts_are_the_answering_sides_own_in_training_and_half_in_held_out_sets(
+    plans: dict[str, list[Any]],
+) -> None:
+    for split, share in (("train", 0.7), ("far", 0.7), ("heldout", 0.5), ("final", 0.5)):
+        own = [probe.fact.recall_class == "own" for p in plans[split] for probe in p.probes]
+        assert np.mean(own) == pytest.approx(share, abs=0.08)
+
+
+def test_an_own_fact_is_said_key_first_by_who_answers_and_a_heard_one_only_in_the_answer(
+    plans: dict[str, list[Any]],
+) -> None:
+    for plan in every_plan(plans):
+        replies = {id(said): reply for said, reply in itertools.pairwise(plan.placed)}
+        for probe in plan.probes:
+            record, fact = probe.record(), probe.fact
+            key = fact.key.replace("my ", "your ").lower()
+
+            def text(placed: Any) -> str:
+                return " ".join(bare(word) for word, _ in placed.words)
+
+            value = fact.value.lower()
+            assert text(probe.planted).endswith(value)
+            for said in (probe.answered, probe.echo):
+                if said is not None:
+                    assert f"{key} " in text(said)
+                    assert text(said).index(key) < text(said).rindex(value)
+            assert (probe.echo is not None) == (record["class"] == "own")
+            if record["class"] == "heard":
+                assert record["echo"] == []
+                promise = replies[id(probe.planted)]
+                assert promise.speaker == 1 - probe.owner
+                assert not {value, fact.kind} & set(text(promise).split())
+
+
+def test_a_question_ends_after_it_began_and_before_the_answer(plans: dict[str, list[Any]]) -> None:
+    for plan in every_plan(plans):
+        words = {(speaker, span[1]) for _, span, speaker in plan.alignments()}
+        for probe in plan.probes:
+            record = probe.record()
+            assert record["asked_at"] < record["asked_until"] < record["answer"][0][1][0]
+            assert (record["asked_by"], record["asked_until"]) in words
+
+
+def test_only_held_out_sets_have_unseen_templates_keys_and_values(
+    scripts: dict[str, ModuleType], plans: dict[str, list[Any]]
+) -> None:
+    kinds = scripts["probe_words"].KINDS
+    for split, share in (("train", 0), ("far", 0), ("heldout", 0.25), ("final", 0.5)):
+        records = [probe.record() for plan in plans[split] for probe in plan.probes]
+        assert np.mean([bool(r["unseen"]) for r in records]) == pytest.approx(share, abs=0.07)
+        for record in records:
+            kind = kinds[record["kind"]]
+            assert record["key"] in kind.keys.of("key" in record["unseen"])
+            for word, _ in record["answer"]:
+                assert word.strip(".") in kind.values.of("value" in record["unseen"])
+        if share:
+            for part in ("template", "key", "value"):
+                assert 0.2 < np.mean([part in r["unseen"] for r in records if r["unseen"]]) < 0.8
+
+
+def test_unseen_templates_are_said_by_those_probes_that_name_them(
+    scripts: dict[str, ModuleType],
+) -> None:
+    words, rng = scripts["probe_words"], np.random.default_rng(0)
+    for unseen, recall_class in itertools.product(((), ("template",)), ("own", "heard")):
+        fact = scripts["probes"].Fact("day", "my free day", "Friday", recall_class, unseen)
+        echo = words.ECHO if recall_class == "own" else words.PROMISE
+        for say, choice in (
+            (fact.plant, words.PLANT),
+            (fact.acknowledge, echo),
+            (fact.ask, words.ASK),
+            (fact.answer, words.ANSWER),
+        ):
+            yours = say in (fact.acknowledge, fact.answer)
+            key = "your free day" if yours else "my free day"
+            possible = {t.format(key=key, value="Friday") for t in choice.of(bool(unseen))}
+            assert {say(rng) for _ in range(300)} == possible
+
+
+def test_nothing_is_both_seen_and_unseen_and_what_is_unseen_has_words_that_training_says(
+    scripts: dict[str, ModuleType],
+) -> None:
+    words = scripts["probe_words"]
+    kinds = words.KINDS.values()
+    choices = [words.PLANT, words.ECHO, words.PROMISE, words.ASK, words.ANSWER]
+    choices += [choice for kind in kinds for choice in (kind.keys, kind.values)]
+    keys = [key for kind in kinds for key in kind.keys.all]
+    assert len(set(keys)) == len(keys)
+    talk = scripts["conversation"].conversation(np.random.default_rng(0))
+    said = {
+        bare(word)
+        for contribution in itertools.islice(talk, 2000)
+        for sentence in contribution.sentences
+        for word in sentence.split()
+    }
+    said |= {word for choice in choices for text in choice.seen for word in text.split()}
+    for choice in choices:
+        assert choice.unseen
+        assert not set(choice.seen) & set(choice.unseen)
+        for text in choice.unseen:
+            assert {bare(word) for word in text.split() if "{" not in word} <= said, text
+
+
+def test_templates_end_with_the_value_and_answers_name_the_key_before_it(
+    scripts: dict[str, ModuleType],
+) -> None:
+    words = scripts["probe_words"]
+    for template in words.PLANT.all + words.ECHO.all + words.ANSWER.all:
+        assert template.endswith("{key} is {value}.") or template.endswith("{key} was {value}.")
+    assert not any("{" in template for template in words.PROMISE.all)
+    assert all("{key}" in template and "{value}" not in template for template in words.ASK.all)
 
 
 def test_keys_are_unique_among_living_facts_and_kinds_are_not(plans: dict[str, list[Any]]) -> None:
@@ -188,7 +327,7 @@ def test_keys_are_unique_among_living_facts_and_kinds_are_not(plans: dict[str, l
 
 def test_small_talk_mentions_values_of_probes_too(plans: dict[str, list[Any]]) -> None:
     for plan in plans["train"]:
-        values = {probe.fact.value for probe in plan.probes if probe.fact.kind != "code"}
+        values = {probe.fact.value for probe in plan.probes if probe.fact.words == 1}
         spoken_sec = {
             span[0]
             for probe in plan.probes
@@ -205,16 +344,17 @@ def test_small_talk_mentions_values_of_probes_too(plans: dict[str, list[Any]]) -
 def test_chance_is_one_over_the_words_to_choose_from(
     scripts: dict[str, ModuleType], plans: dict[str, list[Any]]
 ) -> None:
-    values = scripts["probes"].VALUES
-    seen: dict[str, set[str]] = {kind: set() for kind in values}
+    kinds = scripts["probe_words"].KINDS
+    seen: dict[str, set[str]] = {kind: set() for kind in kinds}
     for probe in every_probe(plans):
         record = probe.record()
         words = [word.strip(".") for word, _ in record["answer"]]
-        assert len(words) == (3 if record["kind"] == "code" else 1)
-        assert record["chance"] == 1 / len(values[record["kind"]])
+        assert len(words) == {"code": 3, "number": 2}.get(record["kind"], 1)
+        # what training never answers is no choice for one who knows only the kind
+        assert record["chance"] == 1 / len(kinds[record["kind"]].values.seen)
         seen[record["kind"]] |= set(words)
-    assert all(seen[kind] == set(values[kind]) for kind in values)
-    assert all(7 <= len(words) <= 10 for words in values.values())
+    assert all(seen[kind] == set(kinds[kind].values.all) for kind in kinds)
+    assert all(6 <= len(kind.values.seen) <= 10 for kind in kinds.values())
 
 
 def test_held_out_topics_are_never_in_training(
@@ -222,28 +362,45 @@ def test_held_out_topics_are_never_in_training(
 ) -> None:
     topics = scripts["conversation"].topics
     names = {held_out: {topic.name for topic in topics(held_out)} for held_out in (True, False)}
-    assert len(names[True]) >= 8
-    assert len(names[False]) >= 35
+    assert len(names[True]) >= 11
+    assert len(names[False]) >= 47
     assert not names[True] & names[False]
 
     def words(split: str) -> set[str]:
         return {bare(word) for plan in plans[split] for word, _, _ in plan.alignments()}
 
     only_held_out = {"tent", "telescope", "chess", "snowman", "bandage", "theatre"}
-    assert len(words("heldout") & only_held_out) >= 4
-    assert not words("train") & only_held_out
+    for split in ("heldout", "final"):
+        assert len(words(split) & only_held_out) >= 4
+    for split in ("train", "far"):
+        assert not words(split) & only_held_out
 
 
 def test_held_out_voices_are_never_in_training(scripts: dict[str, ModuleType]) -> None:
     make, voices = scripts["make_conversations"], scripts["voices"]
     rng = np.random.default_rng(0)
-    drawn = {
-        split: {make.user_voice(split, rng) for _ in range(100)} for split in ("train", "heldout")
-    }
-    assert drawn["train"] == set(voices.USER_VOICES)
+    drawn = {split: {make.user_voice(split, rng) for _ in range(100)} for split in SPLITS}
+    assert drawn["train"] == drawn["far"] == set(voices.USER_VOICES)
+    assert drawn["final"] == set(voices.HELD_OUT_VOICES)
     assert drawn["heldout"] == {*voices.USER_VOICES, *voices.HELD_OUT_VOICES}
     assert not set(voices.USER_VOICES) & set(voices.HELD_OUT_VOICES)
     assert voices.MOSHI_VOICE not in drawn["heldout"]
+
+
+def test_noise_floors_differ_between_conversations_and_sides(
+    scripts: dict[str, ModuleType],
+) -> None:
+    plan = make_plan(scripts, "train", 0, minutes=1)
+    rms = np.array([plan.mix(np.random.default_rng(seed)).std(axis=0) for seed in range(60)])
+    silent = rms == 0
+    assert 0.02 < silent.mean() < 0.25
+    level_db = 20 * np.log10(rms[~silent])
+    assert -81 < level_db.min() < -75
+    assert -60 < level_db.max() < -54
+    # one side's says nothing about the other's
+    assert abs(np.corrcoef(rms.T)[0, 1]) < 0.4
+    again = plan.mix(np.random.default_rng(3))
+    np.testing.assert_array_equal(again, plan.mix(np.random.default_rng(3)))
 
 
 def test_sentences_hold_every_word_that_is_ever_said(
@@ -286,6 +443,7 @@ def test_an_interrupted_run_keeps_what_is_finished(
         ({"hours": 0}, "--hours 0 must"),
         ({"hours": 1, "minutes": (5.0, 3.0)}, "--minutes 5 3 must"),
         ({"hours": 1, "workers": 0}, "--workers 0 must"),
+        ({"hours": 1, "first": -1}, "--first -1 must"),
     ],
 )
 def test_impossible_arguments_are_named(

@@ -71,6 +71,24 @@ def test_text_goes_beside_the_recordings_and_into_a_manifest_of_both(
         script.main(tmp_path / "manifest.jsonl", hours=0, model="tiny", seed=0, workers=1)
 
 
+def test_text_of_far_conversations_asks_late_and_has_only_own_facts(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = []
+
+    def plan(*arguments: Any) -> Any:
+        made.append(importlib.import_module("timeline").plan(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(script, "plan", plan)
+    recipe = next(script.recipes(0.01, "far", 0, (5.0, 5.0)))
+    line = script.write_text(recipe, tmp_path, open_source("tiny"))
+    assert line["path"] == "text-far-00000.npz"
+    (conversation,) = made
+    assert {probe.fact.recall_class for probe in conversation.probes} == {"own"}
+    assert np.median([probe.drawn_gap_sec for probe in conversation.probes]) >= 20
+
+
 def test_a_reader_takes_as_long_as_a_voice(script: Any) -> None:
     reader = script.Reader(np.random.default_rng(0))
     sentence = "I was thinking about the garden of my sister."

@@ -47,11 +47,25 @@ def read(manifest: Path) -> EncodedRecording:
 def test_an_answer_is_where_its_tokens_are_in_the_text_row(tmp_path: Path) -> None:
     mirrored = probe(asked_by=MAIN, answered_by=USER, answer=[["two", [0.2, 0.3]]])
     recording = read(write_recording(tmp_path, [mirrored, probe()]))
-    assert recording.probes == (Probe("code", 12.5, 0.1, (range(25, 27), range(27, 30))),)
+    answer = (range(25, 27), range(27, 30))
+    assert recording.probes == (Probe("code", 12.5, 0.1, answer, "heard"),)
     letters = LetterTokenizer().encode("fotwo")
     assert recording.codes[0, 25:30].tolist() == letters
     found = check_manifest(tmp_path / "m.jsonl", CLOCK, LetterTokenizer(), decode=False)
     assert (found.problems, found.probes) == ([], 1)
+
+
+def test_a_probe_says_its_class_and_what_of_it_is_unseen(tmp_path: Path) -> None:
+    said = [
+        probe(**{"class": "own", "unseen": ["template", "key"]}),
+        probe(**{"class": "heard"}),
+        # from before there were classes: the echo tells
+        probe(echo=[["two", [1.2, 1.3]]]),
+        probe(),
+    ]
+    found = read(write_recording(tmp_path, said)).probes
+    assert [one.recall_class for one in found] == ["own", "heard", "own", "heard"]
+    assert [one.unseen for one in found] == [("template", "key"), (), (), ()]
 
 
 def test_recordings_without_probes_have_none(tmp_path: Path) -> None:
@@ -66,6 +80,9 @@ def test_recordings_without_probes_have_none(tmp_path: Path) -> None:
         (probe(answer=[["two", [0.2, 0.3]]]), "probe 0 .* says no 'two'"),  # the other side's word
         (probe(gap_sec=-1), "probe 0 .*gap_sec=-1 is outside"),
         (probe(chance=1.5), "probe 0 .*chance=1.5 is outside"),
+        (probe(**{"class": "told"}), "probe 0 .*class='told' is none of own, heard"),
+        (probe(unseen="key"), "probe 0 .*unseen='key' is not a list"),
+        (probe(unseen=[1]), "probe 0 .*unseen=.1. is not a list of words"),
         (probe(gap_sec="soon"), "probe 0 is malformed .*soon"),
         ({"kind": "code"}, "probe 0 is malformed .*answered_by"),
         ("code", "probe 0 is malformed"),

@@ -64,8 +64,9 @@ def test_impossible_values_are_refused_by_key_and_value(field: str, value: objec
 
 def test_heads_that_do_not_divide_the_model_are_refused() -> None:
     with pytest.raises(UserError, match=r"^heads=5 .* 32 channels"):
-        build_rule(MemoryConfig(heads=5), 32)
-    assert build_rule(MemoryConfig(heads=5, head_dim=8), 32).width == 40
+        MemoryConfig(heads=5).fitted(32, 4)
+    assert build_rule(MemoryConfig(heads=5, head_dim=8).fitted(32, 4), 32).width == 40
+    assert MemoryConfig().fitted(32, 4).heads == 4
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_every_field_of_the_rule_changes_what_it_computes(change: dict) -> None:
     # layers, placement and bounded_readout belong to the hybrid and are tested there
     def run(**settings: object) -> torch.Tensor:
         torch.manual_seed(0)
-        return build_rule(MemoryConfig(**settings), 32)(torch.randn(1, 40, 32))[0]
+        return build_rule(MemoryConfig(**settings).fitted(32, 4), 32)(torch.randn(1, 40, 32))[0]
 
     base, changed = run(), run(**change)
     assert base.shape != changed.shape or not torch.allclose(base, changed, atol=1e-4)
@@ -95,7 +96,7 @@ def test_every_field_of_the_rule_changes_what_it_computes(change: dict) -> None:
 @pytest.mark.parametrize("rule", ["ttt_linear", "ttt_mlp", "gated_delta"])
 def test_gates_and_forgetting_times_start_where_the_config_says(rule: str) -> None:
     config = MemoryConfig(rule=rule, heads=4, write_gate=0.03, forgetting_time_steps=(1.0, 1e4))
-    memory = build_rule(config, 32)
+    memory = build_rule(config.fitted(32, 4), 32)
     times = (-memory.log_rate).exp()
     torch.testing.assert_close(times, 10 ** torch.tensor([0.5, 1.5, 2.5, 3.5]))
     gates = memory.write(torch.randn(3, 32)).sigmoid()
@@ -109,7 +110,10 @@ def test_the_command_line_reads_every_field() -> None:
     values = {
         "rule": ("gated_delta", "gated_delta"),
         "layers": ("[25, 26]", [25, 26]),
-        "placement": ("post_attention", "post_attention"),
+        "placement": ("parallel", "parallel"),
+        "projections": ("shared", "shared"),
+        "rank": ("8", 8),
+        "gate_init": ("0.1", 0.1),
         "heads": ("8", 8),
         "head_dim": ("16", 16),
         "mini_batch_steps": ("32", 32),

@@ -21,7 +21,7 @@ def make_rule(name: str, dtype: torch.dtype = torch.float64, **overrides: object
     torch.manual_seed(0)
     settings = {"heads": 2, "mini_batch_steps": MINI_BATCH, "write_gate": 0.3}
     settings |= {"forgetting_time_steps": (10.0, 100.0)} | overrides
-    rule = build_rule(MemoryConfig(rule=name, **settings), DIM).to(dtype)
+    rule = build_rule(MemoryConfig(rule=name, **settings).fitted(DIM, 2), DIM).to(dtype)
     with torch.no_grad():
         for parameter in rule.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -252,3 +252,26 @@ def test_state_stays_bounded_over_half_an_hour(name: str, repeated: bool) -> Non
             norms.append(torch.cat([tensor.flatten() for tensor in fast]).norm())
     assert norms[2] < 1.5 * max(norms[0], norms[1])
     assert norms[2] < 25  # 26 to 130 for the ttt rules if they never forget
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_chunks_are_as_exact_as_steps_up_to_the_fastest_forgetting(
+    dtype: torch.dtype, tolerance: float
+) -> None:
+    rule = make_rule("gated_delta", dtype, forgetting_time_steps=(1.0, 1e4))
+    with torch.no_grad():
+        # from nothing to far beyond the clamp, where an exponent would overflow
+        rule.forget.weight.mul_(200)
+    x = make_input(steps=150, dtype=dtype)
+    whole, state = rule(x)
+    pieces, after = [], None
+    for step in range(150):
+        y, after = rule(x[:, step : step + 1], after)
+        pieces.append(y)
+    rates = rule.log_rates(rule.forget(x))
+    assert rates.max() == 0.0
+    assert rates.min() < -10
+    assert_same(whole, torch.cat(pieces, dim=1), tolerance)
+    assert_same_state(state, after, tolerance)
+    whole.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in rule.parameters())

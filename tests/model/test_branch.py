@@ -128,7 +128,7 @@ def test_unbounded_branch_has_a_norm_of_its_own(make_lm: MakeLM) -> None:
 
 def test_observed_norms_are_those_of_what_is_added() -> None:
     torch.manual_seed(0)
-    branch = MemoryBranch(32, MemoryConfig())
+    branch = MemoryBranch(32, MemoryConfig().fitted(32, 4))
     with torch.no_grad():
         branch.gate.normal_()
     seen: list[BranchStats] = []
@@ -149,7 +149,7 @@ def test_observed_norms_are_those_of_what_is_added() -> None:
 
 def test_a_silent_residual_gives_a_silent_branch_and_finite_gradients() -> None:
     torch.manual_seed(0)
-    branch = MemoryBranch(32, MemoryConfig())
+    branch = MemoryBranch(32, MemoryConfig().fitted(32, 4))
     torch.nn.init.normal_(branch.gate)
     seen: list[BranchStats] = []
     branch.observer = seen.append

@@ -71,7 +71,7 @@ def test_random_masks_and_resets_equal_a_parallel_run_of_what_each_row_heard(
 ) -> None:
     torch.manual_seed(0)
     config = MemoryConfig(rule=rule, heads=2, mini_batch_steps=5, write_gate=0.3)
-    branch = MemoryBranch(8, config).to(dtype)
+    branch = MemoryBranch(8, config.fitted(8, 2)).to(dtype)
     with torch.no_grad():
         for parameter in branch.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -110,7 +110,7 @@ def test_random_masks_and_resets_equal_a_parallel_run_of_what_each_row_heard(
 @every_rule
 def test_reset_returns_a_row_to_the_learned_initial_state(rule: str) -> None:
     torch.manual_seed(0)
-    branch = MemoryBranch(8, MemoryConfig(rule=rule, mini_batch_steps=2, heads=2))
+    branch = MemoryBranch(8, MemoryConfig(rule=rule, mini_batch_steps=2, heads=2).fitted(8, 2))
     with torch.no_grad():
         learned = [p for name, p in branch.rule.named_parameters() if name.startswith("initial")]
         for parameter in learned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from moshi.models.lm import LMModel
+from safetensors.torch import load_file, save_file
 
 from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError
@@ -17,7 +19,7 @@ from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import LoraConfig, ModelConfig, build_lm, trainable_groups
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import ASSETS, open_source
-from moshi_ttt.model.weights import load_trained, save_trained
+from moshi_ttt.model.weights import load_trained, save_trained, start_from
 
 TINY = ASSETS / "tiny"
 
@@ -155,12 +157,62 @@ def test_what_trains_is_one_field_and_comes_back_from_its_file(
             for parameter in group.values():
                 parameter.add_(torch.randn_like(parameter))
     weights = {name: p.data for group in found.values() for name, p in group.items()}
-    save_trained(tmp_path / "last.safetensors", weights, chosen, trained_steps=188)
+    save_trained(tmp_path / "last.safetensors", weights, chosen, 188, source)
     loaded, _, again, trained_steps = load_trained(tmp_path / "last.ckpt")
     assert again == chosen
     assert trained_steps == 188
     state = loaded.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in lm.state_dict().items())
+
+
+def trained_file(path: Path, train: str, source: Any, **memory: Any) -> LMModel:
+    """A file of weights that were moved by something, and the model that has them."""
+    chosen = config(train)
+    chosen = dataclasses.replace(chosen, memory=dataclasses.replace(chosen.memory, **memory))
+    lm = build_lm(chosen, source)
+    groups = trainable_groups(lm)
+    with torch.no_grad():
+        for group in groups.values():
+            for parameter in group.values():
+                parameter.add_(torch.randn_like(parameter))
+    weights = {name: p.data for group in groups.values() for name, p in group.items()}
+    save_trained(path, weights, chosen, 188, source)
+    return lm
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
+    source, path = open_source("tiny"), tmp_path / "last.safetensors"
+    old = trained_file(path, "memory", source)
+    new = build_lm(config("memory+lora"), source)  # more trains than the file holds
+    start_from(new, path, source)
+    state = new.state_dict()
+    for name, value in old.state_dict().items():
+        if ".branch." in name:
+            assert torch.equal(value, state[name])
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    source, path = open_source("tiny"), tmp_path / "last.safetensors"
+    trained_file(path, "memory", source, heads=8)
+    other = build_lm(config("memory"), source)
+    with pytest.raises(UserError, match=r"init_from=.*branch\..* is \[.* it is \["):
+        start_from(other, path, source)
+    with pytest.raises(UserError, match="nothing of that name trains"):
+        start_from(build_lm(config("lora"), source), path, source)
+
+
+def test_weights_of_another_base_are_refused(tmp_path: Path) -> None:
+    tiny, path = open_source("tiny"), tmp_path / "last.safetensors"
+    copy = tmp_path / "copy"
+    shutil.copytree(ASSETS / "tiny", copy)
+    trained_file(path, "memory", tiny)
+    same = open_source(str(copy))
+    start_from(build_lm(config("memory"), same), path, same)  # the same base, wherever it lies
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors")
+    changed = open_source(str(copy))
+    with pytest.raises(UserError, match="another one"):
+        start_from(build_lm(config("memory"), changed), path, changed)
 
 
 @pytest.mark.parametrize("train", ["base", "full"])

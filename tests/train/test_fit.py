@@ -250,7 +250,7 @@ def test_resuming_with_another_model_is_refused(small: list[str], tmp_path: Path
 def test_a_group_without_gradient_is_an_error(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moshi_ttt.model.hybrid import MemoryBranch
+    from moshi_ttt.model.branch import MemoryBranch
 
     # as an adapter that upstream code silently bypasses would behave
     forward = MemoryBranch.forward

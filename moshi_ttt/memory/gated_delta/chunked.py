@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moshi_ttt.memory.config import MemoryConfig
+from moshi_ttt.memory.gated_delta.kernel import Inputs, fused, is_usable
 from moshi_ttt.memory.rule import MemoryRule, MemoryState
 
 _CHUNK_STEPS = 64
@@ -18,7 +19,7 @@ class GatedDelta(MemoryRule):
 
     `S <- alpha S; S <- S + beta k (v - k'S)'; y = q'S`: online gradient descent on
     1/2 |k'S - v|^2 with rate beta (the write gate) and a data-dependent decay alpha =
-    exp(-exp(log_rate + w.x)), whose time constant starts at the head's forgetting time.
+    exp(-exp(min(log_rate + w.x, 0))), whose time constant starts at the head's forgetting time.
 
     The state holds `memory`, S [B, H, dh, dh], keys by values, which starts at a learned value;
     and `updates`, int64 [B], one a step.
@@ -42,35 +43,63 @@ class GatedDelta(MemoryRule):
             "updates": torch.zeros(batch_size, dtype=torch.int64, device=self.initial.device),
         }
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        log_rate = self.log_rate.to(self.dtype).view(-1, 1, 1) + self._per_head(self.forget(x))
-        return (*super()._project(x), -log_rate.exp())
+    def log_rates(self, forget: Tensor) -> Tensor:
+        """Log of the rate of forgetting a step from what `forget` gave, [..., H].
 
-    def _chunk_lengths(self, steps: int, state: MemoryState | None) -> Sequence[int]:
-        full, tail = divmod(steps, _CHUNK_STEPS)
-        return [_CHUNK_STEPS] * full + [tail] * (tail > 0)
+        At most 0, a forgetting time of one step: beyond it there is no memory to speak of, and
+        differences of decays within a chunk would lose their digits.
+        """
+        return (self.log_rate + forget).clamp(max=0.0)
 
-    def _advance(self, chunk: Sequence[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
-        # with g_t = alpha_1 ... alpha_t, unrolling the rule over the chunk gives
-        #   S_t = g_t S_0 + sum over s <= t of (g_t / g_s) k_s w_s'
-        #   w_t = beta_t (v_t - g_t S_0'k_t - sum over s < t of (g_t / g_s) (k_t.k_s) w_s)
-        # i.e. one unit triangular system for all w of the chunk
-        q, k, v, beta, log_alpha = chunk
-        memory = state["memory"]
-        log_decay = log_alpha.cumsum(2)  # log g, [B, H, n, 1]
-        # the differences above the diagonal are positive and could overflow: cut before exp too
-        between = (log_decay - log_decay.mT).tril().exp().tril()  # g_t / g_s, [B, H, n, n]
-        decay = log_decay.exp()
+    def _project(self, x: Tensor, shared_qkv: Tensor | None) -> tuple[Tensor, ...]:
+        log_rate = self._per_head(self.log_rates(self.forget(x).to(self.dtype)))
+        return (*super()._project(x, shared_qkv), -log_rate.exp())
 
-        written = beta * (v - decay * (k @ memory))
-        if q.shape[2] > 1:
-            system = (beta * between * (k @ k.mT)).tril(-1)
-            written = torch.linalg.solve_triangular(
-                system, written, upper=False, unitriangular=True
-            )
-        y = decay * (q @ memory) + (between * (q @ k.mT)) @ written
-        to_end = between[:, :, -1].unsqueeze(-1)  # g_n / g_s, [B, H, n, 1]
-        return y, {
-            "memory": decay[:, :, -1:] * memory + (to_end * k).mT @ written,
-            "updates": state["updates"] + q.shape[2],
-        }
+    def _walk(
+        self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
+    ) -> tuple[Tensor, MemoryState]:
+        q, k, v, beta, log_alpha = inputs
+        state = state or self.init_state(len(q))
+        whole = q, k, v, beta, log_alpha
+        form = fused if mixed and is_usable(whole, chunked) else chunked
+        y, memory = form(whole, state["memory"])
+        return y, {"memory": memory, "updates": state["updates"] + q.shape[2]}
+
+
+def chunked(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule over T steps, chunk after chunk, in plain PyTorch.
+
+    Args:
+        inputs: queries, keys, values [B, H, T, dh], write gates and log decays [B, H, T, 1].
+        memory: before the first step, [B, H, dh, dh], keys by values.
+
+    Returns:
+        The read-out [B, H, T, dh] and the memory after the last step.
+    """
+    outputs = []
+    for q, k, v, beta, log_alpha in zip(
+        *(x.split(_CHUNK_STEPS, dim=2) for x in inputs), strict=True
+    ):
+        y, memory = _chunk((q, k, v, beta, log_alpha), memory)
+        outputs.append(y)
+    return torch.cat(outputs, dim=2), memory
+
+
+def _chunk(chunk: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+    # with g_t = alpha_1 ... alpha_t, unrolling the rule over the chunk gives
+    #   S_t = g_t S_0 + sum over s <= t of (g_t / g_s) k_s w_s'
+    #   w_t = beta_t (v_t - g_t S_0'k_t - sum over s < t of (g_t / g_s) (k_t.k_s) w_s)
+    # i.e. one unit triangular system for all w of the chunk
+    q, k, v, beta, log_alpha = chunk
+    log_decay = log_alpha.cumsum(2)  # log g, [B, H, n, 1]
+    # the differences above the diagonal are positive and could overflow: cut before exp too
+    between = (log_decay - log_decay.mT).tril().exp().tril()  # g_t / g_s, [B, H, n, n]
+    decay = log_decay.exp()
+
+    written = beta * (v - decay * (k @ memory))
+    if q.shape[2] > 1:
+        system = (beta * between * (k @ k.mT)).tril(-1)
+        written = torch.linalg.solve_triangular(system, written, upper=False, unitriangular=True)
+    y = decay * (q @ memory) + (between * (q @ k.mT)) @ written
+    to_end = between[:, :, -1].unsqueeze(-1)  # g_n / g_s, [B, H, n, 1]
+    return y, decay[:, :, -1:] * memory + (to_end * k).mT @ written

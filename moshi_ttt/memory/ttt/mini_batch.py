@@ -57,7 +57,7 @@ class MiniBatchRule(MemoryRule):
 
     def init_state(self, batch_size: int) -> MemoryState:
         """The learned initial fast weights for each row; differentiable."""
-        count = torch.zeros(batch_size, dtype=torch.int64, device=self.qkv.weight.device)
+        count = torch.zeros(batch_size, dtype=torch.int64, device=self.write.weight.device)
         state = {"phase": count, "updates": count}
         for name, w0 in self.initial.items():
             state[name] = w0.to(self.dtype).expand(batch_size, *w0.shape)
@@ -83,6 +83,18 @@ class MiniBatchRule(MemoryRule):
         head = min(self.mini_batch_steps - phases.pop(), steps)
         full, tail = divmod(steps - head, self.mini_batch_steps)
         return [head] + [self.mini_batch_steps] * full + [tail] * (tail > 0)
+
+    def _walk(
+        self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
+    ) -> tuple[Tensor, MemoryState]:
+        rows, _, steps, _ = inputs[0].shape
+        lengths = self._chunk_lengths(steps, state)
+        state = state or self.init_state(rows)
+        outputs = []
+        for chunk in zip(*(tensor.split(lengths, dim=2) for tensor in inputs), strict=True):
+            y, state = self._advance(chunk, state)
+            outputs.append(y)
+        return torch.cat(outputs, dim=2), state
 
     def _advance(self, chunk: Sequence[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
         q, k, v, write = chunk

@@ -1,0 +1,181 @@
+"""What makes a memory remember: variants trained on the same clips and asked the same questions.
+
+    python scripts/recall_study.py --study configs/study/rules.yaml --model.source build/tiny \
+        --data.manifest build/far/with_text.jsonl --data.val_manifest build/heldout/manifest.jsonl
+
+A study is a YAML file of variants: each has a name, the optimizer steps it trains for (0: none) and
+what it changes of `model`. All of them see the same clips in the same order. After each one its
+recall is measured with the memory kept, taken away before each question, and exchanged, and its
+loss minute by minute; `OUT/NAME.json` holds the numbers, `OUT/NAME.safetensors` the weights.
+Finished variants are kept: started again, only what is missing runs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+from lightning.pytorch import Trainer, seed_everything
+
+from moshi_ttt.data import EncodedRecording
+from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.files import write_json
+from moshi_ttt.model.hybrid import hybrid_layers
+from moshi_ttt.model.weights import save_trained
+from moshi_ttt.teacher_forcing.recall import MEMORIES, read_recall
+from moshi_ttt.teacher_forcing.recordings import MAX_READ_STEPS, read_teacher_forced
+from train.data import ConversationData
+from train.module import MoshiTTT
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Run what is missing of a study.
+
+    Returns:
+        Results by variant.
+    """
+    parser = _parser()
+    options = parser.parse_args(args)
+    out = Path(options.out)
+    variants = _variants(Path(options.study), options.only)
+    data = ConversationData(**vars(options.data), source=options.model.source)
+    results: dict[str, Any] = {}
+    for variant in variants:
+        record = out / f"{variant['name']}.json"
+        if record.is_file():
+            results[variant["name"]] = json.loads(record.read_text())
+            continue
+        seed_everything(variant.get("seed", 0), verbose=False)
+        chosen = _overlaid(options.model.as_dict(), variant.get("model", {}))
+        model = parser.instantiate_classes(
+            parser.parse_object({"model": chosen, "study": str(options.study)})
+        ).model
+        started_sec = time.monotonic()
+        steps = variant.get("steps", 0)
+        model = _trained(model, data, steps, options)
+        trained_sec = time.monotonic() - started_sec
+        results[variant["name"]] = found = {
+            "variant": variant,
+            "trained_sec": trained_sec,
+            **_measured(model, data.val_recordings(), options.minutes),
+        }
+        if steps:
+            path = record.with_suffix(".safetensors")
+            weights = model.trained_weights()
+            save_trained(path, weights, model.config, data.clip_steps, model.source)
+        write_json(record, found)
+        print(_line(variant["name"], found), flush=True)
+        del model
+        torch.cuda.empty_cache()
+    return results
+
+
+def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) -> MoshiTTT:
+    """Fit for a number of optimizer steps; with 0, only build."""
+    trainer = Trainer(
+        max_steps=max(steps, 1),
+        accelerator="auto" if options.device is None else options.device,
+        devices=1,
+        precision=options.precision,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+    if steps:
+        trainer.fit(model, data)
+    else:
+        data.prepare_data()
+        data.setup("fit")
+        model.check()
+        trainer.datamodule = data  # type: ignore[attr-defined]
+        model._trainer = trainer
+        model.configure_model()
+    device = "cuda" if torch.cuda.is_available() and options.device is None else "cpu"
+    return model.to(device)
+
+
+@torch.no_grad()
+def _measured(model: MoshiTTT, recordings: list[EncodedRecording], minutes: int) -> dict[str, Any]:
+    lm = model.lm.eval()
+    memories = MEMORIES if hybrid_layers(lm) else MEMORIES[:1]
+    with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type == "cuda"):
+        recall = {one: read_recall(lm, recordings, one, MAX_READ_STEPS) for one in memories}
+        nll = read_teacher_forced(lm, recordings, minutes * 750, 750).nll
+    gates = {
+        index: float(layer.branch.gate.tanh().square().mean().sqrt())
+        for index, layer in hybrid_layers(lm).items()
+    }
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"recall": recall, "nll": nll, "gates": gates, "parameters": trained}
+
+
+def _line(name: str, found: Mapping[str, Any]) -> str:
+    """What came of one variant, on a few lines."""
+    lines = [f"{name}: {found['trained_sec']:.0f} s, {found['parameters']:,} trained"]
+    for memory, recall in found["recall"].items():
+        for group, bins in (recall or {}).items():
+            shares = "  ".join(
+                f"{gap:g}s {share:.0%}/{words:.0f}"
+                for gap, share, words in zip(
+                    bins["gap_sec"], bins["accuracy"], bins["words"], strict=True
+                )
+            )
+            lines.append(f"  {memory:6} {group:13} {shares}")
+    for stream in ("text", "first_codebook", "other_codebooks"):
+        values = " ".join(f"{value:.3f}" for value in found["nll"][stream])
+        lines.append(f"  nll {stream:16} {values}")
+    lines.append("  gates " + " ".join(f"{gate:.2f}" for gate in found["gates"].values()))
+    return "\n".join(lines)
+
+
+def _overlaid(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with what `change` names in its place, at any depth."""
+    merged = deepcopy(base)
+    for key, value in change.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _overlaid(merged[key], value) if nested else value
+    return merged
+
+
+def _variants(study: Path, only: list[str] | None) -> list[dict[str, Any]]:
+    if not study.is_file():
+        raise UserError(f"--study {study} does not exist; give a YAML file such as configs/study/*")
+    variants: list[dict[str, Any]] = yaml.safe_load(study.read_text())["variants"]
+    names = [variant["name"] for variant in variants]
+    missing = set(only or []) - set(names)
+    if missing:
+        raise UserError(f"--only {', '.join(sorted(missing))}: {study} has {', '.join(names)}")
+    return [variant for variant in variants if not only or variant["name"] in only]
+
+
+def _parser() -> ArgumentParser:
+    # the docstring under each config field is its help text
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=__doc__)
+    add: Any = parser.add_argument
+    add("--study", type=str, required=True, help="YAML file of variants.")
+    add("--only", type=list[str] | None, help="Names of the variants to run.")
+    add("--out", type=str, default="runs/recall_study", help="Folder to write.")
+    add("--minutes", type=int, default=5, help="Minutes of loss to measure.")
+    add(
+        "--precision", type=str, default="bf16-mixed", help="Of the training, as Lightning says it."
+    )
+    add("--device", type=str | None, help="cpu or cuda; by default a GPU if there is one.")
+    parser.add_class_arguments(MoshiTTT, "model")
+    parser.add_class_arguments(ConversationData, "data", skip={"source"})
+    return parser
+
+
+if __name__ == "__main__":
+    run_program(main)

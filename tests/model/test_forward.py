@@ -1,0 +1,68 @@
+"""The forward that leaves out the work for audio that nobody knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from lm_fakes import random_codes
+from moshi.models.lm import LMModel
+from torch import Tensor
+
+from moshi_ttt.model.forward import forward
+
+MakeLM = Callable[..., LMModel]
+
+
+def codes_with_silent_rows(silent: list[bool]) -> Tensor:
+    codes = random_codes(20).repeat(2, 1, 1)[: len(silent)]
+    codes[torch.tensor(silent), 1:] = -1
+    codes[0, :, 15:] = -1  # padding after a short recording
+    return codes
+
+
+@pytest.mark.parametrize("silent", [[False, True, False], [True, True], [False, False]], ids=str)
+def test_it_gives_what_moshi_gives_wherever_something_is_known(
+    make_lm: MakeLM, silent: list[bool]
+) -> None:
+    lm, codes = make_lm().eval().requires_grad_(False), codes_with_silent_rows(silent)
+    got, expected = forward(lm, codes), lm(codes)
+    assert torch.equal(got.mask, expected.mask)
+    assert torch.equal(got.text_mask, expected.text_mask)
+    assert torch.equal(got.logits[got.mask], expected.logits[expected.mask])
+    assert torch.equal(got.text_logits, expected.text_logits)
+    assert got.logits.shape == expected.logits.shape
+
+
+def test_gradients_are_moshis_too(make_lm: MakeLM) -> None:
+    grads = []
+    for run in (forward, lambda lm, codes: lm(codes)):
+        lm = make_lm()
+        output = run(lm, codes_with_silent_rows([False, True, False]))
+        text = output.text_logits[output.text_mask].square().mean()
+        (output.logits[output.mask].square().mean() + text).backward()
+        grads.append({name: p.grad for name, p in lm.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_depformer_is_left_alone_where_all_is_text(
+    make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    calls: list[int] = []
+    whole = LMModel.forward_depformer_training
+
+    def count(self: LMModel, sequence: Tensor, out: Tensor) -> Tensor:
+        calls.append(len(sequence))
+        return whole(self, sequence, out)
+
+    monkeypatch.setattr(LMModel, "forward_depformer_training", count)
+    forward(lm, codes_with_silent_rows([False, True, True]))
+    assert calls == [1]
+    # one that trains gets its gradient in every step
+    forward(lm, codes_with_silent_rows([True, True]))
+    assert calls == [1, 2]
+    forward(lm.requires_grad_(False), codes_with_silent_rows([True, True]))
+    assert calls == [1, 2]
