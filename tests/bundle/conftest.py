@@ -1,13 +1,15 @@
-"""A codec far too small to be useful, and how it is trained."""
+"""A codec far too small to be useful, how it is trained, and conversations nobody speaks."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
+from conversation_fakes import MODULES, SPLITS, make_plan
 
 
 @pytest.fixture
@@ -53,3 +55,13 @@ def train_on_cpu(script: Any, codec_config: dict[str, Any]) -> Callable[..., Any
     """`train_codec.train` of the small codec."""
     train = script("train_codec").train
     return partial(train, config=codec_config, device="cpu", progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, ModuleType]:
+    return {name: importlib.import_module(name) for name in MODULES}
+
+
+@pytest.fixture(scope="module")
+def plans(scripts: dict[str, ModuleType]) -> dict[str, list[Any]]:
+    return {s: [make_plan(scripts, s, seed) for seed in range(4, 13)] for s in SPLITS}
