@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,9 @@ from moshi.utils.compile import no_cuda_graph
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.instruments.attention_mass import AttentionWatch
 from moshi_ttt.instruments.recorder import Recorder
-from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.memory import MemoryConfig, build_rule
+from moshi_ttt.memory.gated_delta.chunked import chunked
+from moshi_ttt.memory.gated_delta.kernel import fused
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -80,3 +83,44 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu(make_lm: MakeLM, lm: LMModel)
         torch.testing.assert_close(
             parameter.grad.cpu(), expected[name].grad, atol=1e-3, rtol=1e-3, msg=name
         )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs fla-core")
+@pytest.mark.parametrize("steps", [2, 63, 64, 65, 130, 750])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_the_fused_gated_delta_rule_is_the_chunked_one(steps: int, head_dim: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(steps)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(2, 3, *shape, device="cuda", generator=generator)
+
+    unit = torch.nn.functional.normalize
+    q, k, v = (
+        unit(draw(steps, head_dim), dim=-1),
+        unit(draw(steps, head_dim), dim=-1),
+        draw(steps, head_dim),
+    )
+    # from forgetting at once to forgetting in hours
+    beta, log_alpha = draw(steps, 1).sigmoid(), -(2 * draw(steps, 1) - 3).clamp(max=0.0).exp()
+    leaves = [x.requires_grad_() for x in (q, k, v, beta, log_alpha, draw(head_dim, head_dim))]
+    weights = draw(steps, head_dim), draw(head_dim, head_dim)
+    found = []
+    for form in (fused, chunked):
+        outputs = form(tuple(leaves[:5]), leaves[5])
+        loss = sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
+        found.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs fla-core")
+def test_mixed_precision_takes_the_kernel_and_single_precision_does_not() -> None:
+    config = MemoryConfig(rule="gated_delta", heads=2).fitted(32, 2)
+    rule = build_rule(config, 32).cuda()
+    x = torch.randn(2, 70, 32, device="cuda")
+    exact, _ = rule(x)
+    with torch.autocast("cuda", torch.bfloat16):
+        mixed, state = rule(x)
+    assert not torch.equal(mixed, exact)
+    assert (mixed - exact).norm() < 0.03 * exact.norm()
+    assert state["updates"].tolist() == [70, 70]

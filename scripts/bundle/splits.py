@@ -1,9 +1,9 @@
 """The sets of generated conversations: what is said in them, and how soon facts are asked for.
 
-`train` is what a language model learns recall from, within clips of 15 s. `far` has long gaps, for
-a memory that is trained on long clips. Held-out recordings have topics, voices, keys, values and
-templates that neither has: what is chosen is chosen on `heldout`, and `final` is for the numbers
-that are reported.
+`train` is what a language model learns recall from, within clips of 15 s; `drill`, text alone, is
+where it begins. `far` has long gaps, for a memory that is trained on long clips. Held-out
+recordings have topics, voices, keys, values and templates that none of these has: what is chosen is
+chosen on `heldout`, and `final` is for the numbers that are reported.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ DRILLS = (
     Pace({1: 0.2, 3: 0.2, 6: 0.3, 8: 0.3}, (1.0, 4.0)),
 )
 """Planted, asked and answered within a 15 s clip, again and again: to learn recall from."""
+DENSE = Pace({0.5: 0.5, 2: 0.5}, (0.0, 0.5))
+"""Hardly anything else: half as many updates until recall sets in."""
 FAR = Pace(
     {4: 0.05, 10: 0.05, 20: 0.20, 40: 0.25, 60: 0.20, 90: 0.15, 120: 0.10},
     (1.0, 5.0),
@@ -61,4 +63,6 @@ SPLITS = {
     "far": Split((FAR,), own_share=0.7),
     "heldout": Split((SPREAD,), 0.5, 0.25, held_out_topics=True, held_out_voice_share=0.5),
     "final": Split((SPREAD,), 0.5, 0.5, held_out_topics=True, held_out_voice_share=1.0),
+    # last, because a recipe draws its random numbers by its place in here
+    "drill": Split((DENSE, *DRILLS), own_share=1.0),
 }

@@ -122,4 +122,4 @@ def largest_error(head_dim: int, device: torch.device, chunked: Form) -> float:
 
     pairs = zip(run(fused), run(chunked), strict=True)
     errors = [(got - want).norm() / want.norm() for got, want in pairs]
-    return float(torch.stack(errors).max())
+    return float(torch.stack(errors).max().detach())
