@@ -95,11 +95,8 @@ def test_the_fused_gated_delta_rule_is_the_chunked_one(steps: int, head_dim: int
         return torch.randn(2, 3, *shape, device="cuda", generator=generator)
 
     unit = torch.nn.functional.normalize
-    q, k, v = (
-        unit(draw(steps, head_dim), dim=-1),
-        unit(draw(steps, head_dim), dim=-1),
-        draw(steps, head_dim),
-    )
+    q, k = (unit(draw(steps, head_dim), dim=-1) for _ in range(2))
+    v = draw(steps, head_dim)
     # from forgetting at once to forgetting in hours
     beta, log_alpha = draw(steps, 1).sigmoid(), -(2 * draw(steps, 1) - 3).clamp(max=0.0).exp()
     leaves = [x.requires_grad_() for x in (q, k, v, beta, log_alpha, draw(head_dim, head_dim))]

@@ -10,7 +10,7 @@ from lm_fakes import random_codes
 from moshi.models.lm import LMModel
 from torch import Tensor
 
-from moshi_ttt.model.forward import forward
+from moshi_ttt.model.forward import forward, text_forward
 
 MakeLM = Callable[..., LMModel]
 
@@ -33,6 +33,21 @@ def test_it_gives_what_moshi_gives_wherever_something_is_known(
     assert torch.equal(got.logits[got.mask], expected.logits[expected.mask])
     assert torch.equal(got.text_logits, expected.text_logits)
     assert got.logits.shape == expected.logits.shape
+
+
+@pytest.mark.parametrize("silent", [[False, True], [False, False]], ids=str)
+def test_the_text_alone_is_moshis_and_runs_no_depformer(
+    make_lm: MakeLM, silent: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, codes = make_lm().eval().requires_grad_(False), codes_with_silent_rows(silent)
+    expected = lm(codes)
+    monkeypatch.setattr(LMModel, "forward_depformer_training", None)
+    got = text_forward(lm, codes)
+    assert torch.equal(got.text_logits, expected.text_logits)
+    assert torch.equal(got.text_mask, expected.text_mask)
+    assert got.logits.shape == expected.logits.shape
+    assert got.mask.shape == expected.mask.shape
+    assert not got.mask.any()
 
 
 def test_gradients_are_moshis_too(make_lm: MakeLM) -> None:

@@ -65,18 +65,47 @@ def test_planted_predictions_give_known_accuracy_and_nll_in_their_bins() -> None
     ]
     metric = ProbeRecall()
     metric.update(LM, output, codes, probes)
-    record = recall_record(metric)
-    assert record is not None
+    recall = recall_record(metric)
+    assert recall is not None
+    assert recall.keys() == {"own"}
+    record = recall["own"]
     assert record["gap_sec"] == [4, 90]
     assert record["words"] == [3, 1]
     assert record["accuracy"] == pytest.approx([2 / 3, 1])
     assert record["chance"] == pytest.approx([(0.1 + 0.1 + 0.2) / 3, 0.125])
     expected = -(math.log(0.3) + math.log(0.6) + math.log(0.25) + math.log(0.9)) / 4
     assert record["nll"] == pytest.approx([expected, -math.log(0.9)], rel=1e-5)
-    assert recall_scalars(record).keys() == {
-        f"longgen/recall/{name}/gap_{gap}"
-        for name in ("accuracy", "nll")
-        for gap in ("0004", "0090")
+    scalars = recall_scalars({"kept": recall, "reset": recall}, window_sec=20.0)
+    assert scalars.keys() == {
+        *(
+            f"longgen/recall/own/{name}/gap_{gap}"
+            for name in ("accuracy", "nll")
+            for gap in ("0004", "0090")
+        ),
+        *(f"longgen/recall/beyond_window/{memory}" for memory in ("kept", "reset")),
+    }
+    assert scalars["longgen/recall/own/accuracy/gap_0004"] == pytest.approx(2 / 3)
+    assert scalars["longgen/recall/beyond_window/kept"] == 1
+    assert not any("beyond" in tag for tag in recall_scalars({"kept": recall}, window_sec=90.0))
+
+
+def test_classes_and_what_is_unseen_are_counted_apart() -> None:
+    codes = torch.full((1, 17, 20), 3)
+    codes[0, 0, 5] = 11
+    word, metric = (range(5, 6),), ProbeRecall()
+    probes = [
+        Probe("day", 20.0, 0.1, word, "own"),
+        Probe("day", 20.0, 0.1, word, "heard"),
+        Probe("day", 20.0, 0.1, word, "heard"),
+        Probe("day", 20.0, 0.1, word, "heard", ("key",)),
+    ]
+    metric.update(LM, planted_output({5: {11: 0.9}}), codes, probes)
+    recall = recall_record(metric)
+    assert recall is not None
+    assert {group: bins["words"] for group, bins in recall.items()} == {
+        "own": [1],
+        "heard": [2],
+        "heard_unseen": [1],
     }
 
 
@@ -113,7 +142,9 @@ def test_a_recording_is_read_on_to_its_last_probe_but_not_without_end(
     probed = read_teacher_forced(lm, [random_recording(80, (near, far))], steps=30, window_steps=15)
     assert plain.recall is None
     assert probed.recall is not None
-    assert probed.recall["words"] == [1]
+    assert probed.recall.keys() == {"kept"}  # nothing to take away from a model without memory
+    found = probed.recall["kept"]["own"]
+    assert found["words"] == [1]
     assert probed.nll["start_step"] == plain.nll["start_step"] == [0, 15]
     for group in ("text", "first_codebook"):
         assert probed.nll[group] == pytest.approx(plain.nll[group], rel=1e-5)
@@ -121,4 +152,4 @@ def test_a_recording_is_read_on_to_its_last_probe_but_not_without_end(
     codes = random_recording(80, ()).codes[None, :, :50]
     with torch.no_grad():
         picked = lm(codes).text_logits[0, 0].log_softmax(-1).gather(-1, codes[0, 0, :, None])
-    assert probed.recall["nll"] == pytest.approx([-picked[40:42].mean().item()], rel=1e-4)
+    assert found["nll"] == pytest.approx([-picked[40:42].mean().item()], rel=1e-4)
