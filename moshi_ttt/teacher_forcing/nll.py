@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,12 +37,25 @@ class PositionNLL(Metric):
         self.add_state("totals", zeros, dist_reduce_fx="sum")
         self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
 
-    def update(self, lm: LMModel, output: LMOutput, codes: Tensor) -> None:
-        """Add the predictions for `codes` [B, K, T], whose first step is position 0."""
+    def update(
+        self,
+        lm: LMModel,
+        output: LMOutput,
+        codes: Tensor,
+        heard: Sequence[bool] | None = None,
+    ) -> None:
+        """Add the predictions for `codes` [B, K, T], whose first step is position 0.
+
+        Args:
+            lm: tells where audio starts.
+            output: of `lm(codes)`.
+            codes: [B, K, T].
+            heard: whether any audio is known in each row; None: it may be.
+        """
         first = lm.audio_offset
         audio = codes[:, first : first + lm.dep_q]
         text_nll = token_nll(output.text_logits, codes[:, :1], output.text_mask)
-        audio_nll = token_nll(output.logits, audio, output.mask)
+        audio_nll = token_nll(output.logits, audio, output.mask, heard)
         windows = torch.arange(codes.shape[-1], device=codes.device) // self.window_steps
         parts = (
             (text_nll, output.text_mask),
