@@ -1,6 +1,6 @@
-"""What makes a memory remember: variants trained on the same clips and asked the same questions.
+"""What makes a memory remember: variants trained on the same clips, measured on the same questions.
 
-    python scripts/recall_study.py --study configs/study/rules.yaml --model.source build/tiny \
+    python scripts/recall_study.py --study configs/study/projections.yaml --model.source build/tiny \
         --data.manifest build/far/with_text.jsonl --data.val_manifest build/heldout/manifest.jsonl
 
 A study is a YAML file of variants: each has a name, the optimizer steps it trains for (0: none) and
@@ -54,9 +54,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             continue
         seed_everything(variant.get("seed", 0), verbose=False)
         chosen = _overlaid(options.model.as_dict(), variant.get("model", {}))
-        model = parser.instantiate_classes(
-            parser.parse_object({"model": chosen, "study": str(options.study)})
-        ).model
+        model = _model(chosen)
         started_sec = time.monotonic()
         steps = variant.get("steps", 0)
         model = _trained(model, data, steps, options)
@@ -137,6 +135,14 @@ def _line(name: str, found: Mapping[str, Any]) -> str:
         lines.append(f"  nll {stream:16} {values}")
     lines.append("  gates " + " ".join(f"{gate:.2f}" for gate in found["gates"].values()))
     return "\n".join(lines)
+
+
+def _model(settings: dict[str, Any]) -> MoshiTTT:
+    """Built as the command line builds it; unknown keys are errors."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(MoshiTTT, "model")
+    model: MoshiTTT = parser.instantiate(parser.parse_object({"model": settings})).model
+    return model
 
 
 def _overlaid(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 class ConversationData(LightningDataModule):
     """Stereo conversations as clips of Moshi's 17 rows of codes.
 
-    A batch is `{"codes": int64 [B, 17, T], "start_step": int64 [B], "recording": list[str]}`.
+    A batch is `{"codes": int64 [B, 17, T], "start_step": int64 [B], "recording": list[str],
+    "heard": list[bool]}`; `heard` tells which rows know any audio.
 
     Args:
         source: model whose codec and tokenizer encode the data; follows `model.source`.

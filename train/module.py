@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from moshi.models.lm import LMModel
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from moshi_ttt.errors import UserError, check_fields, settings_at
+from moshi_ttt.errors import UserError, settings_at
 from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.model.branch import BranchStats
 from moshi_ttt.model.build import (
     Dtype,
     ModelConfig,
@@ -31,48 +32,10 @@ from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.model.weights import start_from
 from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty
 from moshi_ttt.teacher_forcing.nll import PositionNLL
+from train.optim import OptimConfig, adamw
 
 # the output gate starts at zero and shields the memory behind it until its first update
 GRADIENT_CHECK_STEPS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, one learning rate a group."""
-
-    lr_memory: float = 1e-3
-    """Peak learning rate of the memories (projections, initial fast weights, write and
-    forgetting gates)."""
-    lr_gates: float = 1e-2
-    """Peak learning rate of the output gates."""
-    lr_rest: float = 1e-4
-    """Peak learning rate of everything else that trains: LoRA, or the base weights."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of the projection matrices; nothing else decays."""
-    beta1: float = 0.9
-    """AdamW's decay of the gradient mean."""
-    beta2: float = 0.95
-    """AdamW's decay of the squared gradient."""
-    warmup_fraction: float = 0.05
-    """Part of all optimizer steps spent warming up, 0..1."""
-    final_lr_fraction: float = 0.1
-    """Learning rate at the end, as a part of the peak, 0..1."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "lr_memory", "lr_gates", "lr_rest", above=0)
-        check_fields(self, "weight_decay", least=0)
-        check_fields(
-            self, "beta1", "beta2", "warmup_fraction", "final_lr_fraction", least=0, most=1
-        )
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """Learning rate at an optimizer step, as a part of the peak; never 0."""
-        warmup_steps = max(1, round(self.warmup_fraction * total_steps))
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
 
 
 class MoshiTTT(LightningModule):
@@ -111,7 +74,7 @@ class MoshiTTT(LightningModule):
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
         lora: LoraConfig = LoraConfig(),  # noqa: B008
         loss: LossConfig = LossConfig(),  # noqa: B008
-        optim: OptimConfig = OptimConfig(),
+        optim: OptimConfig = OptimConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
         with settings_at("model"):
@@ -160,7 +123,7 @@ class MoshiTTT(LightningModule):
 
     def on_fit_start(self) -> None:
         """Say how much trains."""
-        groups = trainable_groups(self.lm)
+        groups = self._groups
         frozen = sum(p.numel() for p in self.lm.parameters() if not p.requires_grad)
         counts = {name: sum(p.numel() for p in group.values()) for name, group in groups.items()}
         self.print(
@@ -174,35 +137,50 @@ class MoshiTTT(LightningModule):
             self.logger.log_metrics(tags, step=self.global_step)
         self._silent_groups = set(groups)
 
+    @cached_property
+    def _groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """`trainable_groups`, found once."""
+        return trainable_groups(self.lm)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch of clips; `codes` [B, K, T]."""
         codes: Tensor = batch["codes"]
-        with observe_branches(self.lm) as stats:
-            output = forward(self.lm, codes)
-        text_loss, audio_loss = lm_losses(self.lm, output, codes, self.loss_config)
+        heard, config, logs = batch.get("heard"), self.loss_config, self._logs_this_step
+        scope: AbstractContextManager[dict[int, list[BranchStats]]] = nullcontext({})
+        if logs or config.magnitude_reg:
+            scope = observe_branches(self.lm)
+        with scope as stats:
+            output = forward(self.lm, codes, heard)
+        text_loss, audio_loss = lm_losses(self.lm, output, codes, config, heard)
         loss = text_loss + audio_loss
-        logs = {"train/text_loss": text_loss, "train/audio_loss": audio_loss}
+        values = {"train/text_loss": text_loss, "train/audio_loss": audio_loss}
         if stats:
-            penalty = magnitude_penalty(stats, self.loss_config)
-            if self.loss_config.magnitude_reg:
-                loss = loss + self.loss_config.magnitude_reg * penalty
-            logs["train/magnitude_penalty"] = penalty
-            for layer, (one,) in stats.items():
-                # undefined at padding, which has no residual in layer 0
-                logs[f"train/branch_ratio/layer_{layer:02d}"] = one.ratio.nanmean()
-                logs[f"train/branch_ratio_max/layer_{layer:02d}"] = one.ratio.nan_to_num().max()
-                logs[f"train/raw_branch_ratio/layer_{layer:02d}"] = one.raw_ratio.nanmean()
-                logs[f"train/gate/layer_{layer:02d}"] = one.gate_rms
+            penalty = magnitude_penalty(stats, config)
+            if config.magnitude_reg:
+                loss = loss + config.magnitude_reg * penalty
+            values["train/magnitude_penalty"] = penalty
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log_dict({name: value.detach() for name, value in logs.items()})
+        if logs:
+            for layer, (one,) in stats.items():
+                values |= _branch_scalars(one, f"layer_{layer:02d}")
+            self.log_dict({name: value.detach() for name, value in values.items()})
         return loss
 
+    @property
+    def _logs_this_step(self) -> bool:
+        """Whether a logger writes this optimizer step; what is for it alone is only computed then.
+
+        Each scalar costs a little of the CPU's time, which a small model does not have.
+        """
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return bool(self.loggers) and every > 0 and (self.global_step + 1) % every == 0
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss of held-out clips, and NLL of each group of rows."""
-        codes: Tensor = batch["codes"]
-        output = forward(self.lm, codes)
-        self.val_nll.update(self.lm, output, codes)
-        text_loss, audio_loss = lm_losses(self.lm, output, codes, self.loss_config)
+        """Loss and per-stream NLL of held-out clips."""
+        codes, heard = batch["codes"], batch.get("heard")
+        output = forward(self.lm, codes, heard)
+        self.val_nll.update(self.lm, output, codes, heard)
+        text_loss, audio_loss = lm_losses(self.lm, output, codes, self.loss_config, heard)
         self.val_loss.update(text_loss + audio_loss, len(codes))
 
     def on_validation_epoch_end(self) -> None:
@@ -215,12 +193,18 @@ class MoshiTTT(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log gradient norms; a group that never gets a gradient is an error."""
-        for name, group in trainable_groups(self.lm).items():
+        logs = self._logs_this_step
+        if not logs and not self._silent_groups:
+            return
+        norms = {}
+        for name, group in self._groups.items():
             gradients = [p.grad for p in group.values() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-            self.log(f"train/grad_norm/{name}", norm)
+            norms[f"train/grad_norm/{name}"] = norm
             if name in self._silent_groups and norm > 0:
                 self._silent_groups.remove(name)
+        if logs:
+            self.log_dict(norms)
         if self._silent_groups and self.global_step + 1 >= GRADIENT_CHECK_STEPS:
             raise UserError(
                 f"no gradient reached {', '.join(sorted(self._silent_groups))} in "
@@ -228,28 +212,34 @@ class MoshiTTT(LightningModule):
                 "model.memory.layers and model.loss"
             )
 
+    @property
+    def _fuses(self) -> bool:
+        """Whether AdamW is one kernel a group; fp16's scaler needs the gradients apart from it."""
+        return self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning clips, which in mixed precision takes every fused optimizer for one of fp16.
+
+        Without fp16's scaler the gradients are what they seem, and there is nothing to refuse.
+        """
+        if not (self._fuses and gradient_clip_val):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the groups, and a schedule over all optimizer steps of the run."""
         config = self.optim_config
-        rates = {"memory": config.lr_memory, "gates": config.lr_gates, "rest": config.lr_rest}
-        groups = []
-        for name, parameters in trainable_groups(self.lm).items():
-            matrices = [p for p in parameters.values() if p.ndim == 2]
-            others = [p for p in parameters.values() if p.ndim != 2]
-            for kind, members, decay in (
-                ("matrices", matrices, config.weight_decay),
-                ("others", others, 0.0),
-            ):
-                if members:
-                    groups.append(
-                        {
-                            "name": f"{name}/{kind}",
-                            "params": members,
-                            "lr": rates[name],
-                            "weight_decay": decay,
-                        }
-                    )
-        optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
+        optimizer = adamw(self._groups, config, fused=self._fuses)
         total_steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: config.factor(step, total_steps)
@@ -261,7 +251,7 @@ class MoshiTTT(LightningModule):
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Trainable parameters by their name in the LM."""
-        groups = trainable_groups(self.lm).values()
+        groups = self._groups.values()
         return {name: p.data for group in groups for name, p in group.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -295,3 +285,13 @@ class MoshiTTT(LightningModule):
         if "cuda" in self._rng and self.device.type == "cuda":
             torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
         self._rng = {}
+
+
+def _branch_scalars(stats: BranchStats, layer: str) -> dict[str, Tensor]:
+    """What is logged of one branch; undefined at padding, which has no residual in layer 0."""
+    return {
+        f"train/branch_ratio/{layer}": stats.ratio.nanmean(),
+        f"train/branch_ratio_max/{layer}": stats.ratio.nan_to_num().max(),
+        f"train/raw_branch_ratio/{layer}": stats.raw_ratio.nanmean(),
+        f"train/gate/{layer}": stats.gate_rms,
+    }

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from moshi_ttt.data.recordings import EncodedRecording
 from moshi_ttt.data.text import ZERO_TOKEN
@@ -119,7 +117,11 @@ class WindowLoader:
         return -(-self.windows // self._batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Batches of `codes` [B, 17, T] int64, `start_step` [B] int64 and `recording` (names)."""
+        """Batches of `codes` [B, 17, T] int64, `start_step` [B] int64 and two lists of B.
+
+        `recording` names each row's; `heard` tells whether any of its audio is known, so that
+        nobody has to ask a GPU.
+        """
         if self._seed is None:
             self._epoch = self._given_batches = 0
         share = self._share(self._epoch)
@@ -175,16 +177,20 @@ class WindowLoader:
         return [windows[index] for index in order[self._rank : dealt : self._world_size]]
 
     def _collate(self, windows: Sequence[Window]) -> dict[str, Any]:
+        clips = [self._recordings[i].codes[:, s : s + self._clip_steps] for i, s in windows]
+        # padded with the zero token after the end of the recording; pinned, because a transfer of
+        # ordinary memory waits for all that the GPU has been given
+        pinned = torch.cuda.is_available()
+        size = len(clips), len(clips[0]), self._clip_steps
+        codes = torch.full(size, ZERO_TOKEN, dtype=torch.int64, pin_memory=pinned)
+        for row, clip in zip(codes, clips, strict=True):
+            row[:, : clip.shape[-1]] = clip
         return {
-            "codes": torch.stack([self._cut(*window) for window in windows]),
-            "start_step": torch.tensor([start for _, start in windows]),
+            "codes": codes,
+            "start_step": torch.tensor([start for _, start in windows], pin_memory=pinned),
             "recording": [self._recordings[index].name for index, _ in windows],
+            "heard": [bool((clip[1:] != ZERO_TOKEN).any()) for clip in clips],
         }
-
-    def _cut(self, index: int, start: int) -> Tensor:
-        """[17, T], padded with the zero token after the end of the recording."""
-        codes = self._recordings[index].codes[:, start : start + self._clip_steps]
-        return pad(codes, (0, self._clip_steps - codes.shape[-1]), value=ZERO_TOKEN)
 
     def _plan(self) -> dict[str, Any]:
         """What the batches depend on."""

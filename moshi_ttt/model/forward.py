@@ -2,9 +2,14 @@
 
 Conversations may be text alone (scripts/bundle/make_text.py): then every audio row is -1, which is
 neither input nor target, and the depformer, most of a training step, would compute nothing.
+
+Nothing here waits for the device when the caller says which rows are heard: a GPU that is asked
+what it holds must first finish what it was given.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,36 +17,72 @@ from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 
 
-def forward(lm: LMModel, codes: Tensor) -> LMOutput:
+def rows_heard(lm: LMModel, codes: Tensor) -> list[bool]:
+    """Whether any audio is known in each row of `codes` [B, 17, T]; waits for the device."""
+    return (codes[:, lm.audio_offset :] != lm.zero_token_id).flatten(1).any(dim=1).tolist()
+
+
+def indices(heard: Sequence[bool], device: torch.device) -> Tensor:
+    """Where `heard` is true, int64, on `device` without waiting for it."""
+    rows = torch.tensor([row for row, one in enumerate(heard) if one], dtype=torch.int64)
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+
+
+def forward(lm: LMModel, codes: Tensor, heard: Sequence[bool] | None = None) -> LMOutput:
     """What `lm(codes)` gives wherever its mask is set, NaN elsewhere.
 
     Args:
         lm: in training or in eval mode, not streaming.
         codes: [B, 17, T]; -1 where nothing is known.
+        heard: whether any audio is known in each row; None looks, and waits for the device.
     """
-    own = slice(lm.audio_offset, lm.audio_offset + lm.dep_q)
-    heard = (codes[:, own] != lm.zero_token_id).flatten(1).any(dim=1)
-    # processes that train a depformer wait for each other's gradient of it in every step
-    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if heard.all() or (shared and not heard.any()):
+    heard = rows_heard(lm, codes) if heard is None else heard
+    if all(heard) or (not any(heard) and _others_wait_for_the_depformer(lm)):
         return lm(codes)
-    steps = codes.shape[-1]
-    rows, unknown = int(heard.sum()), float("nan")
+    steps, own = codes.shape[-1], slice(lm.audio_offset, lm.audio_offset + lm.dep_q)
     # one step more than there is, each row behind its delay: what is read, and what comes next
     delayed = torch.full_like(codes[:, :, :1], lm.initial_token_id).repeat(1, 1, steps + 1)
     delayed[:, 0] = lm.text_initial_token_id
     for row, delay in enumerate(lm.delays):
         delayed[:, row, 1 + delay :] = codes[:, row, : steps - delay]
-    transformer_out, text_logits = lm.forward_text(delayed[:, :, :-1])
-    mask = torch.zeros(len(codes), lm.dep_q, steps, dtype=torch.bool, device=codes.device)
-    if not rows:
+    unknown = float("nan")
+    if not any(heard):
+        _, text_logits = _read_text_alone(lm, delayed[:, :, :-1])
         logits = text_logits.new_full((1, 1, 1, 1), unknown)
         logits = logits.expand(len(codes), lm.dep_q, steps, lm.card)
+        mask = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=codes.device)
     else:
-        ahead = lm.forward_depformer_training(delayed[heard, :, 1:], transformer_out[heard])
+        rows = indices(heard, codes.device)
+        transformer_out, text_logits = lm.forward_text(delayed[:, :, :-1])
+        ahead = lm.forward_depformer_training(delayed[rows, :, 1:], transformer_out[rows])
         logits = ahead.new_full((len(codes), lm.dep_q, steps, lm.card), unknown)
         for row, delay in enumerate(lm.delays[own]):
-            logits[heard, row, : steps - delay] = ahead[:, row, delay:]
-            mask[heard, row, : steps - delay] = True
-        mask &= codes[:, own] != lm.zero_token_id
+            logits[rows, row, : steps - delay] = ahead[:, row, delay:]
+        # a silent row knows no code
+        mask = codes[:, own] != lm.zero_token_id
+        for row, delay in enumerate(lm.delays[own]):
+            mask[:, row, steps - delay :] = False
     return LMOutput(logits, mask, text_logits, codes[:, :1] != lm.zero_token_id)
+
+
+def _read_text_alone(lm: LMModel, delayed: Tensor) -> tuple[Tensor, Tensor]:
+    """`lm.forward_text` of [B, 17, T] whose audio is -1 behind its first steps.
+
+    The embedding of -1 is 0, so 16 of 17 embeddings are only looked up where audio begins.
+    """
+    begin = 1 + max(lm.delays[lm.audio_offset :])
+    first = delayed[:, lm.audio_offset :, :begin].unbind(1)
+    start = sum(embed(row) for embed, row in zip(lm.emb, first, strict=True))
+    text = lm.text_emb(delayed[:, 0])
+    x = torch.cat([start + text[:, :begin], text[:, begin:]], dim=1)
+    out = lm.transformer(x)
+    if lm.out_norm:
+        out = lm.out_norm(out)
+    return out, lm.text_linear(out)[:, None]
+
+
+def _others_wait_for_the_depformer(lm: LMModel) -> bool:
+    """Whether other processes wait for this one's gradient of a depformer, in every step."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    return lm.depformer is not None and any(p.requires_grad for p in lm.depformer.parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 from moshi_ttt.errors import check_fields
 from moshi_ttt.model.branch import BranchStats
+from moshi_ttt.model.forward import indices
 from moshi_ttt.rows import Rows
 
 WALL_START = 0.75  # part of the target ratio that is free of charge
+_IGNORED = -100  # no code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +49,41 @@ class LossConfig:
         )
 
 
-def token_nll(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+def token_nll(
+    logits: Tensor, targets: Tensor, mask: Tensor, heard: Sequence[bool] | None = None
+) -> Tensor:
     """Cross-entropy of the valid positions, 0 elsewhere.
 
-    moshi fills logits without a valid context with NaN; they are left out by indexing, because
-    NaN times 0 is NaN.
+    moshi fills logits without a valid context with NaN; they are overwritten first, because NaN
+    times 0 is NaN. Nothing waits for the device, as indexing by a mask would.
 
     Args:
         logits: [B, K, T, card].
         targets: [B, K, T] codes; -1 where there is none.
         mask: [B, K, T], True where the logits may be used.
+        heard: rows in which the mask is set anywhere; the others cost nothing. None: any may be.
 
     Returns:
         [B, K, T] fp32, nats.
     """
-    nll = torch.zeros(targets.shape, device=logits.device)
-    nll[mask] = F.cross_entropy(logits[mask].float(), targets[mask], reduction="none")
-    return nll
+    if heard is not None and not all(heard):
+        nll = torch.zeros(targets.shape, device=logits.device)
+        if any(heard):
+            rows = indices(heard, logits.device)
+            nll = nll.index_copy(0, rows, token_nll(logits[rows], targets[rows], mask[rows]))
+        return nll
+    valid = logits.masked_fill(~mask[..., None], 0).float().flatten(0, -2)
+    known = torch.where(mask, targets, _IGNORED).flatten()
+    nll = F.cross_entropy(valid, known, ignore_index=_IGNORED, reduction="none")
+    return nll.view(targets.shape)
 
 
 def lm_losses(
-    lm: LMModel, output: LMOutput, codes: Tensor, config: LossConfig
+    lm: LMModel,
+    output: LMOutput,
+    codes: Tensor,
+    config: LossConfig,
+    heard: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Text and audio loss, each a mean weighted and normalised by its own weights.
 
@@ -76,6 +92,7 @@ def lm_losses(
         output: of `lm(codes)`.
         codes: [B, K, T].
         config: the weights.
+        heard: whether any audio is known in each row; None: it may be.
 
     Returns:
         Two scalars in nats; 0 for rows without a single valid target in the batch.
@@ -90,7 +107,7 @@ def lm_losses(
     audio_weight = output.mask.float()
     audio_weight[:, 0] *= config.first_codebook_weight
     text_nll = token_nll(output.text_logits, text_targets, output.text_mask)
-    audio_nll = token_nll(output.logits, audio_targets, output.mask)
+    audio_nll = token_nll(output.logits, audio_targets, output.mask, heard)
     return _weighted_mean(text_nll, text_weight), _weighted_mean(audio_nll, audio_weight)
 
 
@@ -109,20 +126,24 @@ def magnitude_penalty(stats: Mapping[int, list[BranchStats]], config: LossConfig
         stats: of every hybrid layer, from `observe_branches`.
         config: target, and what it holds for.
     """
-    seen = [_defined_ratios(one) for stats_of_layer in stats.values() for one in stats_of_layer]
+    seen = [_ratios(one) for stats_of_layer in stats.values() for one in stats_of_layer]
     if config.magnitude_over == "mean":
-        ratios = torch.stack([one.mean() for one in seen])
-    else:
-        ratios = torch.cat(seen)
-    target = config.magnitude_target
-    free = WALL_START * target
-    return F.relu((ratios - free) / (target - free)).square().mean()
+        return torch.stack([_wall(r.sum() / defined.sum(), config) for r, defined in seen]).mean()
+    # the wall is 0 where the ratio is
+    walls = torch.stack([_wall(ratios, config).sum() for ratios, _ in seen]).sum()
+    return walls / torch.stack([defined.sum() for _, defined in seen]).sum()
 
 
-def _defined_ratios(stats: BranchStats) -> Tensor:
-    """Ratios of the positions that have a residual: in layer 0, padding after a recording has none.
+def _wall(ratio: Tensor, config: LossConfig) -> Tensor:
+    free = WALL_START * config.magnitude_target
+    return F.relu((ratio - free) / (config.magnitude_target - free)).square()
 
-    By indexing, because the gradient of 0/0 is NaN even where it is masked.
+
+def _ratios(stats: BranchStats) -> tuple[Tensor, Tensor]:
+    """Ratios [B, T], and which are defined: in layer 0, padding after a recording has no residual.
+
+    The others are 0; they divide by 1, because the gradient of 0/0 is NaN even where it is masked.
     """
     defined = stats.residual_norm > 0
-    return stats.norm[defined] / stats.residual_norm[defined]
+    ratios = stats.norm / torch.where(defined, stats.residual_norm, 1.0)
+    return torch.where(defined, ratios, 0.0), defined

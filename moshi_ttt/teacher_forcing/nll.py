@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,11 +36,24 @@ class PositionNLL(Metric):
         self.add_state("totals", zeros, dist_reduce_fx="sum")
         self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
 
-    def update(self, lm: LMModel, output: LMOutput, codes: Tensor) -> None:
-        """Add the predictions for `codes` [B, K, T], whose first step is position 0."""
+    def update(
+        self,
+        lm: LMModel,
+        output: LMOutput,
+        codes: Tensor,
+        heard: Sequence[bool] | None = None,
+    ) -> None:
+        """Add the predictions for `codes` [B, K, T], whose first step is position 0.
+
+        Args:
+            lm: tells which rows are Moshi's.
+            output: of `lm(codes)`.
+            codes: [B, K, T].
+            heard: whether any audio is known in each row; None: it may be.
+        """
         rows = Rows.of(lm)
         text_nll = token_nll(output.text_logits, codes[:, rows.text], output.text_mask)
-        audio_nll = token_nll(output.logits, codes[:, rows.own], output.mask)
+        audio_nll = token_nll(output.logits, codes[:, rows.own], output.mask, heard)
         windows = torch.arange(codes.shape[-1], device=codes.device) // self.window_steps
         nll = torch.cat([text_nll, audio_nll], dim=1)  # [B, spoken rows, T]
         mask = torch.cat([output.text_mask, output.mask], dim=1)

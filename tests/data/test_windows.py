@@ -245,3 +245,12 @@ def test_other_recordings_are_noticed_in_mid_epoch() -> None:
     for others in ((50, 50), (101,)):
         with pytest.raises(UserError, match="recordings"):
             loader(*others).load_state_dict(shuffled.state_dict())
+
+
+def test_a_batch_tells_which_of_its_rows_know_any_audio() -> None:
+    silent, late = torch.ones(17, 30, dtype=torch.int64), torch.ones(17, 30, dtype=torch.int64)
+    silent[1:], late[1:, :25] = -1, -1
+    made = [EncodedRecording("silent", silent), EncodedRecording("late", late)]
+    (batch,) = WindowLoader(made, 20, 4, seed=None)
+    known = (batch["codes"][:, 1:] != -1).flatten(1).any(1)
+    assert batch["heard"] == known.tolist() == [False, False, False, True]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from lm_fakes import random_codes
 from moshi.models.lm import LMModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moshi_ttt.model.forward import forward, text_forward
+from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses
 
 MakeLM = Callable[..., LMModel]
 
@@ -78,8 +82,54 @@ def test_the_depformer_is_left_alone_where_all_is_text(
     assert calls == [1]
     forward(lm, codes_with_silent_rows([True, True]))
     assert calls == [1]
-    # processes that train it together wait for each other's gradient of it
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    # where several processes train one, each gets its gradient in every step
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     forward(lm, codes_with_silent_rows([True, True]))
     assert calls == [1, 2]
+    forward(lm.requires_grad_(False), codes_with_silent_rows([True, True]))
+    assert calls == [1, 2]
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what would make the CPU wait for a GPU, or depend on data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        waits = func in (aten._local_scalar_dense.default, aten.nonzero.default)
+        if func in (aten.index.Tensor, aten.index_put_.default):
+            waits = any(one is not None and one.dtype == torch.bool for one in args[1])
+        assert not waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("silent", [[False, True, False], [True, True], [False, False]], ids=str)
+def test_told_what_is_heard_it_gives_the_same_and_waits_for_nothing(
+    make_lm: MakeLM, silent: list[bool]
+) -> None:
+    codes = codes_with_silent_rows(silent)
+    results = []
+    for heard in (None, [not one for one in silent]):
+        lm = make_lm()
+        with nullcontext() if heard is None else _NoWaiting():
+            output = forward(lm, codes, heard)
+            losses = lm_losses(lm, output, codes, LossConfig(), heard)
+            sum(losses).backward()
+        grads = [p.grad for p in lm.parameters() if p.grad is not None]
+        results.append([*losses, *grads])
+    assert torch.isfinite(results[0][0])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_reading_text_alone_is_bitwise_moshi_with_all_audio_unknown(make_lm: MakeLM) -> None:
+    codes = codes_with_silent_rows([True, True])
+    grads = []
+    for run in (forward, lambda lm, codes: lm(codes)):
+        lm = make_lm()
+        output = run(lm, codes)
+        output.text_logits.square().mean().backward()
+        embeddings = [*lm.emb.parameters(), *lm.text_emb.parameters()]
+        grads.append([output.text_logits, *(p.grad for p in embeddings)])
+    for got, expected in zip(*grads, strict=True):
+        assert torch.equal(got, expected)

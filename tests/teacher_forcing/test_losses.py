@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -63,6 +64,27 @@ def test_invalid_positions_with_nan_logits_do_not_reach_loss_or_gradient() -> No
     assert (logits.grad[0, 0, 2] == 0).all()
 
 
+def test_nll_and_gradient_are_those_of_the_valid_positions_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2, 5, 7, generator=generator)
+    targets = torch.randint(0, 7, (3, 2, 5), generator=generator)
+    mask = torch.rand(3, 2, 5, generator=generator) < 0.6
+    mask[1] = False
+    logits[~mask], targets[~mask] = float("nan"), -1
+    plain = logits.clone().requires_grad_()
+    expected = torch.zeros(mask.shape)
+    expected[mask] = torch.nn.functional.cross_entropy(plain[mask], targets[mask], reduction="none")
+    expected.square().sum().backward()
+    for heard in (None, [True, False, True], [True, True, True]):
+        masked = logits.clone().requires_grad_()
+        nll = token_nll(masked, targets, mask, heard)
+        nll.square().sum().backward()
+        assert torch.equal(nll, expected)
+        assert torch.equal(masked.grad, plain.grad)
+    # nothing is even looked at where nothing is heard
+    assert not token_nll(logits[1:2], targets[1:2], mask[1:2], [False]).any()
+
+
 def test_a_batch_without_a_single_word_has_a_text_loss_of_zero(make_lm: MakeLM) -> None:
     codes = torch.ones(1, 17, 3, dtype=torch.long)
     codes[:, 0] = -1
@@ -93,6 +115,25 @@ def test_positions_without_a_residual_reach_neither_penalty_nor_gradient() -> No
     assert penalty.item() == pytest.approx(4, rel=1e-5)
     penalty.backward()
     torch.testing.assert_close(one.norm.grad, torch.tensor([[0.0, 4 / 0.05]]))
+
+
+@pytest.mark.parametrize("over", ["positions", "mean"])
+def test_the_penalty_is_that_of_the_defined_ratios_alone(
+    over: Literal["positions", "mean"],
+) -> None:
+    config = LossConfig(magnitude_target=0.2, magnitude_over=over)
+    one, other = stats([0.1, 0.3, 0.5]), stats([0.4, 0.21, 0.0])
+    residual = torch.tensor([[2.0, 0.0, 1.5]], requires_grad=True)
+    one = one._replace(residual_norm=residual)
+    penalty = magnitude_penalty({0: [one], 1: [other]}, config)
+    seen = [one.norm[0, [0, 2]] / residual[0, [0, 2]], other.norm[0]]
+    ratios = torch.stack([r.mean() for r in seen]) if over == "mean" else torch.cat(seen)
+    expected = torch.relu((ratios - 0.15) / 0.05).square().mean()
+    leaves = [one.norm, other.norm, residual]
+    torch.testing.assert_close(penalty, expected)
+    grads = (torch.autograd.grad(one, leaves) for one in (penalty, expected))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(
