@@ -47,18 +47,18 @@ class HybridLayer(StreamingContainer):
         # as upstream: off a GPU, compiling costs more than it gives
         with nullcontext() if x.is_cuda else no_compile():
             normed = self.base.norm1(x)
-            shared = None
             if self.shares:
                 attention = self.base.self_attn
                 # attention's input is the memory's: both use what this projection makes of it
                 with _output_of(attention.in_projs[0]) as projected:
                     h = self._attended(x, normed)
                 shared = Shared(projected[0], attention.out_projs[0])
+                branch = self.branch(normed, residual=x, shared=shared)
+            elif self.placement == "parallel":
+                h = self._attended(x, normed)
+                branch = self.branch(normed, residual=x)
             else:
                 h = self._attended(x, normed)
-            if self.placement == "parallel":
-                branch = self.branch(normed, residual=x, shared=shared)
-            else:
                 wide = h.to(self.branch.rule.dtype)
                 branch = self.branch(F.rms_norm(wide, wide.shape[-1:], eps=1e-8), residual=h)
             h = self.base._ff_block(h + branch.to(h.dtype))
