@@ -32,6 +32,7 @@ from moshi_ttt.model.weights import save_trained
 from moshi_ttt.teacher_forcing.recall import MEMORIES, read_recall
 from moshi_ttt.teacher_forcing.recordings import MAX_READ_STEPS, read_teacher_forced
 from train.data import ConversationData
+from train.fit import multiply_fast
 from train.module import MoshiTTT
 
 
@@ -90,6 +91,7 @@ def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) 
         enable_model_summary=False,
         logger=False,
     )
+    multiply_fast(trainer)
     if steps:
         trainer.fit(model, data)
     else:

@@ -112,7 +112,9 @@ class ConversationData(LightningDataModule):
         tokenizer = self._model_source.tokenizer()
         for path in (self.manifest, self.val_manifest):
             # damage behind an intact header shows below, when a recording is first encoded
-            check = check_manifest(path, self._model_source.clock, tokenizer, decode=False)
+            check = check_manifest(
+                path, self._model_source.clock, tokenizer, decode=False, read=self._reader.codes
+            )
             check.raise_problems()
             for warning in check.warnings[:SHOWN_WARNINGS]:
                 logger.warning("%s: %s", path, warning)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -127,6 +129,7 @@ def check_manifest(
     *,
     decode: bool,
     codes_format: CodesFormat | None = None,
+    read: Callable[[Path], Tensor] | None = None,
 ) -> ManifestCheck:
     """Open everything a manifest names and collect all that is wrong.
 
@@ -138,16 +141,19 @@ def check_manifest(
             done anyway when a recording is first encoded.
         codes_format: what codes files must have been made with; None leaves that to whoever
             reads them (`RecordingReader` always checks).
+        read: what reads codes files, e.g. `RecordingReader.codes`, which keeps what it has read;
+            None reads them for the check alone.
 
     Raises:
         UserError: the manifest itself cannot be read, or has no lines.
     """
     entries, problems = read_manifest(path)
+    read = read or partial(read_codes, expected=codes_format)
     check = ManifestCheck(path, recordings=len(entries), problems=problems)
     for entry in entries:
         try:
             if entry.is_encoded:
-                _check_codes(entry, clock, tokenizer, codes_format, check)
+                _check_codes(entry, read(entry.path), clock, tokenizer, codes_format, check)
             else:
                 _check_audio(entry, clock, tokenizer, decode, check)
         except UserError as error:
@@ -175,12 +181,12 @@ def _check_audio(
 
 def _check_codes(
     entry: ManifestEntry,
+    codes: Tensor,
     clock: Clock,
     tokenizer: Tokenizer,
     codes_format: CodesFormat | None,
     check: ManifestCheck,
 ) -> None:
-    codes = read_codes(entry.path, codes_format)
     duration_sec = clock.seconds(codes.shape[-1])
     _check_duration(entry, duration_sec, clock, check)
     if codes_format is not None:

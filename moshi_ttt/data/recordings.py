@@ -43,6 +43,8 @@ class EncodedRecording:
 class RecordingReader:
     """Turns manifest entries into codes, encoding only what is neither encoded nor cached.
 
+    A codes file is read once, however often it is asked for: the recordings hold the same memory.
+
     Args:
         source: whose codec and tokenizer are used.
         cache_dir: folder of encoded audio, shared between runs and processes.
@@ -50,6 +52,7 @@ class RecordingReader:
 
     def __init__(self, source: ModelSource, cache_dir: Path) -> None:
         self._source = source
+        self._whole: dict[Path, Tensor] = {}  # codes files that were read
         clock = source.clock
         self._cache = CodeCache(
             cache_dir,
@@ -77,18 +80,25 @@ class RecordingReader:
 
     def _read_files(self, entries: Sequence[ManifestEntry]) -> dict[Path, Tensor]:
         """Codes of codes files by path, [17, T] int64 each."""
-        if not entries:
-            return {}
-        codes_format = CodesFormat.of(self._source)
         codes: dict[Path, Tensor] = {}
         problems = []
         for entry in entries:
             try:
-                codes[entry.path] = read_codes(entry.path, codes_format)
+                codes[entry.path] = self.codes(entry.path)
             except UserError as error:
                 problems.append(f"line {entry.line}: {error}")
         raise_together("reading codes", problems)
         return codes
+
+    def codes(self, path: Path) -> Tensor:
+        """Content of a codes file, [17, T] int64.
+
+        Raises:
+            UserError: it cannot be used, or was made for another model.
+        """
+        if path not in self._whole:
+            self._whole[path] = read_codes(path, CodesFormat.of(self._source))
+        return self._whole[path]
 
     def _encode_all(self, entries: Sequence[ManifestEntry]) -> dict[Path, Tensor]:
         """Codes of audio files by path, [16, T] int64 each, from the cache where it has them."""
@@ -184,5 +194,8 @@ def read_recordings(source: ModelSource, manifest: Path, cache_dir: Path) -> lis
     Raises:
         UserError: the manifest cannot be read, or something in it cannot be used.
     """
-    check_manifest(manifest, source.clock, source.tokenizer(), decode=False).raise_problems()
-    return RecordingReader(source, cache_dir).read(read_manifest(manifest)[0])
+    reader = RecordingReader(source, cache_dir)
+    check_manifest(
+        manifest, source.clock, source.tokenizer(), decode=False, read=reader.codes
+    ).raise_problems()
+    return reader.read(read_manifest(manifest)[0])

@@ -87,6 +87,8 @@ class WindowLoader:
     ) -> None:
         self._recordings = recordings
         self._steps = [recording.steps for recording in recordings]
+        # steps of each recording whose audio is known, [T]
+        self._known = [(one.codes[1:] != ZERO_TOKEN).any(dim=0) for one in recordings]
         self._windows = cut_windows(self._steps, clip_steps)  # as many in every epoch
         if len(self._windows) < world_size:
             raise UserError(
@@ -177,7 +179,10 @@ class WindowLoader:
         return [windows[index] for index in order[self._rank : dealt : self._world_size]]
 
     def _collate(self, windows: Sequence[Window]) -> dict[str, Any]:
-        clips = [self._recordings[i].codes[:, s : s + self._clip_steps] for i, s in windows]
+        clips = [
+            self._recordings[index].codes[:, start : start + self._clip_steps]
+            for index, start in windows
+        ]
         # padded with the zero token after the end of the recording; pinned, because a transfer of
         # ordinary memory waits for all that the GPU has been given
         pinned = torch.cuda.is_available()
@@ -189,7 +194,10 @@ class WindowLoader:
             "codes": codes,
             "start_step": torch.tensor([start for _, start in windows], pin_memory=pinned),
             "recording": [self._recordings[index].name for index, _ in windows],
-            "heard": [bool((clip[1:] != ZERO_TOKEN).any()) for clip in clips],
+            "heard": [
+                bool(self._known[index][start : start + self._clip_steps].any())
+                for index, start in windows
+            ],
         }
 
     def _plan(self) -> dict[str, Any]:

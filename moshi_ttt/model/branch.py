@@ -11,6 +11,7 @@ import torch
 from moshi.modules.streaming import State, StreamingModule
 from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moshi_ttt.memory import (
     Corrected,
@@ -127,6 +128,8 @@ class MemoryBranch(StreamingModule[_BranchState]):
         self.gate = nn.Parameter(torch.full((dim,), config.gate_init))
         self.observer: Callable[[BranchStats], None] | None = None
         """Called in every forward; inside a CUDA graph only when it is captured."""
+        self.recomputed = False
+        """Whether activation checkpointing runs the forward twice, observed or not."""
         self.swaps: MemorySwaps | None = None
         """What replaces the memory in the middle of a parallel forward."""
 
@@ -180,25 +183,25 @@ class MemoryBranch(StreamingModule[_BranchState]):
         z = z.to(self.rule.dtype)
         residual = residual.to(self.rule.dtype)
         gate = self.gate.to(self.rule.dtype)
+        # unlike sqrt, the gradient of a norm at 0 is 0, not NaN
+        norm = torch.linalg.vector_norm
+        # under grad also without an observer, where activation checkpointing runs the forward again
+        # in backward, when the observer is gone, and needs the same graph
+        observed = self.observer is not None or (self.recomputed and torch.is_grad_enabled())
+        if self.bounded or observed:
+            residual_norm = norm(residual, dim=-1, keepdim=True)
         if self.bounded:
             gate = gate.tanh()
-            z = z * torch.rsqrt(1 + z.square().mean(-1, keepdim=True)) * _rms(residual)
+            rms = residual_norm * residual.shape[-1] ** -0.5
+            z = F.rms_norm(z, z.shape[-1:], eps=1.0) * rms
         branch = gate * z
-        # under grad also without an observer: activation checkpointing runs the forward again
-        # in backward, when the observer is gone, and needs the same graph
-        if self.observer is not None or torch.is_grad_enabled():
-            norm = torch.linalg.vector_norm
+        if observed:
             stats = BranchStats(
                 raw_norm=norm(z, dim=-1),
                 norm=norm(branch, dim=-1),
-                residual_norm=norm(residual, dim=-1),
-                gate_rms=_rms(gate)[0],
+                residual_norm=residual_norm.squeeze(-1),
+                gate_rms=norm(gate) * len(gate) ** -0.5,
             )
             if self.observer is not None:
                 self.observer(stats)
         return branch
-
-
-def _rms(x: Tensor) -> Tensor:
-    """Root mean square over channels, [..., 1]; unlike sqrt, its gradient at 0 is 0, not NaN."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5

@@ -46,24 +46,30 @@ class HybridLayer(StreamingContainer):
         assert cross_attention_src is None
         # as upstream: off a GPU, compiling costs more than it gives
         with nullcontext() if x.is_cuda else no_compile():
+            normed = self.base.norm1(x)
             if self.shares:
                 attention = self.base.self_attn
                 # attention's input is the memory's: both use what this projection makes of it
                 with _output_of(attention.in_projs[0]) as projected:
-                    h = self.base._sa_block(x)
+                    h = self._attended(x, normed)
                 shared = Shared(projected[0], attention.out_projs[0])
-                branch = self.branch(self.base.norm1(x), residual=x, shared=shared)
+                branch = self.branch(normed, residual=x, shared=shared)
             elif self.placement == "parallel":
-                h = self.base._sa_block(x)
-                branch = self.branch(self.base.norm1(x), residual=x)
+                h = self._attended(x, normed)
+                branch = self.branch(normed, residual=x)
             else:
-                h = self.base._sa_block(x)
+                h = self._attended(x, normed)
                 wide = h.to(self.branch.rule.dtype)
                 branch = self.branch(F.rms_norm(wide, wide.shape[-1:], eps=1e-8), residual=h)
             h = self.base._ff_block(h + branch.to(h.dtype))
             if self.base._streaming_state is not None:
                 self.base._streaming_state.offset_cpu += x.shape[1]
             return h
+
+    def _attended(self, x: Tensor, normed: Tensor) -> Tensor:
+        """moshi's attention block, of an input that is normed once for it and for the memory."""
+        update: Tensor = self.base.self_attn(normed, normed, normed)
+        return x.to(update) + self.base.layer_scale_1(update)
 
 
 @contextmanager
@@ -125,6 +131,7 @@ def add_memory(lm: LMModel, config: MemoryConfig) -> list[int]:
     fitted = config.fitted(lm.dim, chosen[indices[0]].self_attn.num_heads)
     for index, layer in chosen.items():
         branch = MemoryBranch(lm.dim, fitted)
+        branch.recomputed = lm.transformer.checkpointing
         if config.projections == "attention":
             branch.copy_attention(layer.self_attn)
         branch.to(device=lm.device, dtype=torch.float32)

@@ -18,6 +18,7 @@ from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import nn
 
 from moshi_ttt.errors import SettingError, UserError, check_fields, check_setting
+from moshi_ttt.model.attention import ParallelAttention
 
 Target = Literal["qkv", "attention_out", "ffn", "depformer"]
 
@@ -58,30 +59,12 @@ class LoraConfig:
         )
 
 
-class AdapterAttention(StreamingMultiheadAttention):
+class AdapterAttention(ParallelAttention):
     """moshi's attention with projections that may be PEFT layers.
 
     Its streaming state takes device and dtype from `in_projs[0]` and knows three types of
     Linear; it is shown the base layers.
     """
-
-    @classmethod
-    def adopt(cls, attention: StreamingMultiheadAttention) -> AdapterAttention:
-        """The same attention, sharing all modules of `attention`."""
-        adopted = cls(
-            embed_dim=attention.embed_dim,
-            num_heads=attention.num_heads,
-            causal=attention.causal,
-            context=attention.context,
-            rope=attention.rope,
-            kv_repeat=attention.kv_repeat,
-            weights_per_step=attention.weights_per_step,
-            weights_per_step_schedule=attention.weights_per_step_schedule,
-            device="meta",
-        )
-        adopted.in_projs = attention.in_projs
-        adopted.out_projs = attention.out_projs
-        return adopted.train(attention.training)
 
     def _init_streaming_state(self, batch_size: int):  # type: ignore[no-untyped-def]
         adapted = self.in_projs
@@ -129,8 +112,10 @@ def add_lora(lm: LMModel, config: LoraConfig) -> list[str]:
     )
     for module in list(lm.modules()):
         for name, child in module.named_children():
-            if type(child) is StreamingMultiheadAttention and any(
-                isinstance(part, LoraLayer) for part in child.modules()
+            if (
+                isinstance(child, StreamingMultiheadAttention)
+                and not isinstance(child, AdapterAttention)
+                and any(isinstance(part, LoraLayer) for part in child.modules())
             ):
                 setattr(module, name, AdapterAttention.adopt(child))
     adapted = {name: one for name, one in lm.named_modules() if isinstance(one, LoraLayer)}

@@ -20,6 +20,7 @@ from moshi.models.lm import LMModel
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.errors import SettingError, UserError
+from moshi_ttt.model.attention import parallel_attention
 from moshi_ttt.model.compiling import compile_on_gpu_only
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -114,10 +115,13 @@ class ModelSource:
         with torch.random.fork_rng():
             if self.random_lm:
                 torch.manual_seed(0)
-                return loaders.get_moshi_lm(
+                lm = loaders.get_moshi_lm(
                     None, self._lm_config, device, dtype, lm_kwargs_overrides=overrides
                 )
-            return self._info.get_moshi(device=device, dtype=dtype, lm_kwargs_overrides=overrides)
+            else:
+                lm = self._info.get_moshi(device=device, dtype=dtype, lm_kwargs_overrides=overrides)
+        parallel_attention(lm)
+        return lm
 
     def codec(self, device: torch.device | str = "cpu") -> MimiModel:
         """The codec, in eval mode, without gradients."""

@@ -20,6 +20,7 @@ from moshi_ttt.data import (
     WindowLoader,
     check_manifest,
     read_manifest,
+    read_recordings,
 )
 from moshi_ttt.data.codes_file import read_codes, write_codes
 from moshi_ttt.data.encode import encode_manifest
@@ -151,6 +152,26 @@ def test_unusable_codes_are_refused_with_line_and_file(
     assert problem.startswith("line 1: ")
     assert "a.npz" in problem
     assert re.search(complaint, problem)
+
+
+def test_a_codes_file_is_read_once_for_the_check_and_all_that_follows(
+    program: Any, audio_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(program, audio_manifest, tmp_path / "codes")
+    opened: list[str] = []
+
+    def count(path: Path, expected: CodesFormat | None) -> torch.Tensor:
+        opened.append(path.name)
+        return read_codes(path, expected)
+
+    monkeypatch.setattr("moshi_ttt.data.recordings.read_codes", count)
+    monkeypatch.setattr("moshi_ttt.data.manifest.read_codes", count)
+    source: Any = FakeSource()
+    for _ in range(2):
+        read = read_recordings(source, tmp_path / "codes/manifest.jsonl", tmp_path / "c")
+        assert sorted(opened) == ["a.npz", "b.npz"]
+        assert torch.equal(read[0].codes, read_codes(tmp_path / "codes/a.npz", FORMAT))
+        opened.clear()
 
 
 def test_text_ids_beyond_the_audio_codebooks_are_kept(tmp_path: Path) -> None:
