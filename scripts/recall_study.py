@@ -29,8 +29,7 @@ from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_json
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.weights import save_trained
-from moshi_ttt.teacher_forcing.recall import MEMORIES, read_recall
-from moshi_ttt.teacher_forcing.recordings import MAX_READ_STEPS, read_teacher_forced
+from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 from train.data import ConversationData
 from train.module import MoshiTTT
 
@@ -108,23 +107,21 @@ def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) 
 @torch.no_grad()
 def _measured(model: MoshiTTT, recordings: list[EncodedRecording], minutes: int) -> dict[str, Any]:
     lm = model.lm.eval()
-    memories = MEMORIES if hybrid_layers(lm) else MEMORIES[:1]
     with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type == "cuda"):
-        recall = {one: read_recall(lm, recordings, one, MAX_READ_STEPS) for one in memories}
-        nll = read_teacher_forced(lm, recordings, minutes * 750, 750).nll
+        read = read_teacher_forced(lm, recordings, minutes * 750, 750)
     gates = {
         index: float(layer.branch.gate.tanh().square().mean().sqrt())
         for index, layer in hybrid_layers(lm).items()
     }
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"recall": recall, "nll": nll, "gates": gates, "parameters": trained}
+    return {"recall": read.recall or {}, "nll": read.nll, "gates": gates, "parameters": trained}
 
 
 def _line(name: str, found: Mapping[str, Any]) -> str:
     """What came of one variant, on a few lines."""
     lines = [f"{name}: {found['trained_sec']:.0f} s, {found['parameters']:,} trained"]
     for memory, recall in found["recall"].items():
-        for group, bins in (recall or {}).items():
+        for group, bins in recall.items():
             shares = "  ".join(
                 f"{gap:g}s {share:.0%}/{words:.0f}"
                 for gap, share, words in zip(

@@ -4,7 +4,8 @@
     events.jsonl                rings, critical positions and jumps, one event a line
     nll.json                    teacher-forced loss by position, what `PositionNLL.record` gives
     quality.json                text and sound around the positions, what `listening.listen` gives
-    probes.json                 recall of planted facts, if the recordings held any
+    probes.json                 recall of planted facts by memory and group, what `recall_record`
+                                gives of each, if the recordings held any
     audio/stream_00.wav         a whole stream: left Moshi, right the user
     audio/stream_00_at_2C.wav   what is heard of it around one position
     summary.json                what was run and what was found, with every scalar
@@ -141,7 +142,7 @@ class Evaluation:
 
     @property
     def recall(self) -> dict[str, Any] | None:
-        """Content of `probes.json`; None if the recordings held no probes."""
+        """Content of `probes.json`, by memory; None if the recordings held no probes."""
         return self._content(PROBES)
 
     @property

@@ -25,23 +25,35 @@ def forward(lm: LMModel, codes: Tensor) -> LMOutput:
     shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if heard.all() or (shared and not heard.any()):
         return lm(codes)
+    if not heard.any():
+        return text_forward(lm, codes)
     steps = codes.shape[-1]
-    rows, unknown = int(heard.sum()), float("nan")
-    # one step more than there is, each row behind its delay: what is read, and what comes next
+    delayed = _delayed(lm, codes)
+    transformer_out, text_logits = lm.forward_text(delayed[:, :, :-1])
+    ahead = lm.forward_depformer_training(delayed[heard, :, 1:], transformer_out[heard])
+    logits = ahead.new_full((len(codes), lm.dep_q, steps, lm.card), float("nan"))
+    mask = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=codes.device)
+    for row, delay in enumerate(lm.delays[own]):
+        logits[heard, row, : steps - delay] = ahead[:, row, delay:]
+        mask[heard, row, : steps - delay] = True
+    mask &= codes[:, own] != lm.zero_token_id
+    return LMOutput(logits, mask, text_logits, codes[:, :1] != lm.zero_token_id)
+
+
+def text_forward(lm: LMModel, codes: Tensor) -> LMOutput:
+    """What `lm(codes)` gives for the text; audio logits are NaN and masked, and cost nothing."""
+    _, text_logits = lm.forward_text(_delayed(lm, codes)[:, :, :-1])
+    shape = len(codes), lm.dep_q, codes.shape[-1]
+    logits = text_logits.new_full((1, 1, 1, 1), float("nan")).expand(*shape, lm.card)
+    mask = torch.zeros(shape, dtype=torch.bool, device=codes.device)
+    return LMOutput(logits, mask, text_logits, codes[:, :1] != lm.zero_token_id)
+
+
+def _delayed(lm: LMModel, codes: Tensor) -> Tensor:
+    """Each row behind its delay, [B, 17, T + 1]: what is read, and what comes next."""
+    steps = codes.shape[-1]
     delayed = torch.full_like(codes[:, :, :1], lm.initial_token_id).repeat(1, 1, steps + 1)
     delayed[:, 0] = lm.text_initial_token_id
     for row, delay in enumerate(lm.delays):
         delayed[:, row, 1 + delay :] = codes[:, row, : steps - delay]
-    transformer_out, text_logits = lm.forward_text(delayed[:, :, :-1])
-    mask = torch.zeros(len(codes), lm.dep_q, steps, dtype=torch.bool, device=codes.device)
-    if not rows:
-        logits = text_logits.new_full((1, 1, 1, 1), unknown)
-        logits = logits.expand(len(codes), lm.dep_q, steps, lm.card)
-    else:
-        ahead = lm.forward_depformer_training(delayed[heard, :, 1:], transformer_out[heard])
-        logits = ahead.new_full((len(codes), lm.dep_q, steps, lm.card), unknown)
-        for row, delay in enumerate(lm.delays[own]):
-            logits[heard, row, : steps - delay] = ahead[:, row, delay:]
-            mask[heard, row, : steps - delay] = True
-        mask &= codes[:, own] != lm.zero_token_id
-    return LMOutput(logits, mask, text_logits, codes[:, :1] != lm.zero_token_id)
+    return delayed
