@@ -20,7 +20,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,12 +91,16 @@ def _write_audio(
         cuts = cut_outs(quality, wav, clock.samples_per_step)
         files = {name: wav} | {f"{name}{CUT}{place}": cut for place, cut in cuts.items()}
         for stem, samples in files.items():
-            write = partial(_write_wav, wav=samples, sample_rate=clock.sample_rate)
-            write_atomic(folder / f"{stem}.wav", write)
+            write_wav(folder / f"{stem}.wav", samples, clock.sample_rate)
 
 
-def _write_wav(file: IO[bytes], wav: np.ndarray, sample_rate: int) -> None:
-    soundfile.write(file, wav, sample_rate, format="WAV")
+def write_wav(path: Path, wav: np.ndarray, sample_rate: int) -> None:
+    """Write [samples, channels] whole or not at all."""
+
+    def write(file: IO[bytes]) -> None:
+        soundfile.write(file, wav, sample_rate, format="WAV")
+
+    write_atomic(path, write)
 
 
 @dataclass(frozen=True, slots=True)
