@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from moshi_ttt.data import EncodedRecording, Probe
 from moshi_ttt.memory import MemoryState
+from moshi_ttt.model.branch import MemorySwaps
 from moshi_ttt.model.forward import text_forward
 from moshi_ttt.model.hybrid import hybrid_layers, memory_swapped
 from moshi_ttt.teacher_forcing.recall import (
@@ -38,7 +39,8 @@ EVERYONE = "own and heard"
 """The pool of both classes, without what is in no training recording."""
 POOLS = (EVERYONE, *GROUPS)
 
-State = Mapping[int, MemoryState]  # by layer index
+State = Mapping[int, MemoryState]
+"""What the memories of a model hold, by layer index."""
 
 
 def controls_of(lm: LMModel, recordings: Sequence[EncodedRecording]) -> tuple[Memory, ...]:
@@ -53,20 +55,26 @@ def controls_of(lm: LMModel, recordings: Sequence[EncodedRecording]) -> tuple[Me
 
 @torch.no_grad()
 def read_recall(
-    lm: LMModel, recordings: Sequence[EncodedRecording], memory: Memory, max_steps: int
+    lm: LMModel,
+    recordings: Sequence[EncodedRecording],
+    memory: Memory,
+    max_steps: int,
+    ends: Sequence[State] = (),
 ) -> Recall | None:
     """Read recordings for their probes alone.
 
     Args:
         lm: model under test, in eval mode; with a memory, unless it is kept.
-        recordings: whole recordings; at least two if `memory` is another one's.
+        recordings: whole recordings.
         memory: what each question is read with.
         max_steps: how far a recording is read at most.
+        ends: what `memory_after` gave of each recording, at least two; for another one's memory,
+            which is that of the recording before.
 
     Returns:
         None if no probe was measured.
     """
-    assert memory != "other" or len(recordings) > 1, "a memory of another conversation needs one"
+    assert memory != "other" or len(ends) == len(recordings) > 1
     # one process evaluates while the others wait: adding up over all of them would wait for ever
     metric = ProbeRecall(sync_on_compute=False).to(lm.device)
     for number, recording in enumerate(tqdm(recordings, desc=f"recall, {memory}", leave=False)):
@@ -75,7 +83,7 @@ def read_recall(
             continue
         scope: AbstractContextManager[Any] = nullcontext()
         if memory != "kept":
-            other = _end_of(lm, recordings[number - 1], steps) if memory == "other" else None
+            other = ends[number - 1] if memory == "other" else None
             scope = memory_swapped(lm, sorted(map(_question, recording.probes)), other)
         codes = recording.codes[None, :, :steps].to(lm.device)
         with scope:
@@ -89,10 +97,8 @@ def probed_steps(recording: EncodedRecording, max_steps: int) -> int:
     return min(max(ends, default=0), max_steps)
 
 
-def _end_of(lm: LMModel, recording: EncodedRecording, steps: int) -> State:
-    """What the memories hold after `steps` of a recording, or at its end."""
-    with memory_swapped(lm) as swaps:
-        text_forward(lm, recording.codes[None, :, :steps].to(lm.device))
+def memory_after(swaps: Mapping[int, MemorySwaps]) -> State:
+    """What the memories hold after the last forward in a scope of `memory_swapped`."""
     return {index: swap.last for index, swap in swaps.items() if swap.last is not None}
 
 

@@ -11,7 +11,15 @@ from moshi.models.lm import LMModel, LMOutput
 from tqdm import tqdm
 
 from moshi_ttt.data import EncodedRecording
-from moshi_ttt.teacher_forcing.controls import Recalls, controls_of, probed_steps, read_recall
+from moshi_ttt.model.hybrid import memory_swapped
+from moshi_ttt.teacher_forcing.controls import (
+    Recalls,
+    State,
+    controls_of,
+    memory_after,
+    probed_steps,
+    read_recall,
+)
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from moshi_ttt.teacher_forcing.recall import ProbeRecall, recall_record
 
@@ -52,10 +60,13 @@ def read_teacher_forced(
     recall = ProbeRecall(sync_on_compute=False)
     nll.to(lm.device)
     recall.to(lm.device)
+    ends: list[State] = []
     for recording in tqdm(recordings, desc="teacher-forced", unit="recording", leave=False):
         wanted = max(steps, probed_steps(recording, MAX_READ_STEPS))
         codes = recording.codes[None, :, :wanted].to(lm.device)
-        output = lm(codes)
+        with memory_swapped(lm) as swaps:
+            output = lm(codes)
+        ends.append(memory_after(swaps))
         recall.update(lm, output, codes, recording.probes)
         nll.update(lm, cut(output, slice(steps)), codes[..., :steps])
     kept = recall_record(recall)
@@ -64,7 +75,7 @@ def read_teacher_forced(
     # as far as for `kept`, so that the same questions are counted
     recalls = {"kept": kept}
     for memory in controls_of(lm, recordings):
-        found = read_recall(lm, recordings, memory, max(steps, MAX_READ_STEPS))
+        found = read_recall(lm, recordings, memory, max(steps, MAX_READ_STEPS), ends)
         assert found is not None, "what was counted once is counted again"
         recalls[memory] = found
     return TeacherForced(nll.record(), recalls)
