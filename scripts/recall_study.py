@@ -7,7 +7,9 @@ A study is a YAML file of variants: each has a name, the optimizer steps it trai
 what it changes of `model`. All of them see the same clips in the same order. After each one its
 recall is measured with the memory kept, taken away before each question, and exchanged, and its
 loss minute by minute; `OUT/NAME.json` holds the numbers, `OUT/NAME.safetensors` the weights.
-Finished variants are kept: started again, only what is missing runs.
+Finished variants are kept: started again, only what is missing runs. With `--free_answers N`
+up to N questions are also answered freely: `OUT/NAME_answers/` holds what was said, and ten answers
+to listen to.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import time
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -26,14 +28,26 @@ from lightning.pytorch import Trainer, seed_everything
 
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.evaluation.folder import write_wav
+from moshi_ttt.evaluation.free_answers import (
+    answer_sound,
+    answers_record,
+    choose_questions,
+    free_answers,
+)
 from moshi_ttt.files import write_json
+from moshi_ttt.generation.users import silence_codes
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.weights import save_trained
-from moshi_ttt.teacher_forcing.recall import MEMORIES, read_recall
-from moshi_ttt.teacher_forcing.recordings import MAX_READ_STEPS, read_teacher_forced
+from moshi_ttt.rows import Rows
+from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 from train.data import ConversationData
 from train.fit import multiply_fast
 from train.module import MoshiTTT
+
+ANSWER_SEC = 5.0  # within which the value has to be said
+LEAD_SEC = 10.0  # of the recording, to be heard before an answer
+HEARD_ANSWERS = 10
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -65,6 +79,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             "trained_sec": trained_sec,
             **_measured(model, data.val_recordings(), options.minutes),
         }
+        if options.free_answers:
+            folder = out / f"{variant['name']}_answers"
+            found["free_answers"] = _answered(
+                model, data.val_recordings(), options.free_answers, folder
+            )
         if steps:
             path = record.with_suffix(".safetensors")
             weights = model.trained_weights()
@@ -108,23 +127,49 @@ def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) 
 @torch.no_grad()
 def _measured(model: MoshiTTT, recordings: list[EncodedRecording], minutes: int) -> dict[str, Any]:
     lm = model.lm.eval()
-    memories = MEMORIES if hybrid_layers(lm) else MEMORIES[:1]
     with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type == "cuda"):
-        recall = {one: read_recall(lm, recordings, one, MAX_READ_STEPS) for one in memories}
-        nll = read_teacher_forced(lm, recordings, minutes * 750, 750).nll
+        read = read_teacher_forced(lm, recordings, minutes * 750, 750)
     gates = {
         index: float(layer.branch.gate.tanh().square().mean().sqrt())
         for index, layer in hybrid_layers(lm).items()
     }
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"recall": recall, "nll": nll, "gates": gates, "parameters": trained}
+    return {"recall": read.recall or {}, "nll": read.nll, "gates": gates, "parameters": trained}
+
+
+def _answered(
+    model: MoshiTTT, recordings: list[EncodedRecording], count: int, folder: Path
+) -> dict[str, Any]:
+    """Shares of questions that are answered freely, by memory, group and gap."""
+    lm, source = model.lm, model.source
+    codec, clock, rows = source.codec(lm.device), source.clock, Rows.of(model.lm)
+    silence = silence_codes(codec, clock, rows.user_codebooks).cpu()
+    questions = choose_questions(recordings, count)
+    shares: dict[str, Any] = {}
+    memories: tuple[Literal["kept", "reset"], ...] = ("kept", "reset")
+    for memory in memories if hybrid_layers(lm) else memories[:1]:
+        answers = free_answers(
+            lm,
+            source.tokenizer(),
+            questions,
+            silence,
+            answer_steps=clock.steps(ANSWER_SEC),
+            memory=memory,
+        )
+        shares[memory] = answers_record(answers)
+        write_json(folder / f"{memory}.json", {"answers": [one.record() for one in answers]})
+        if memory == "kept" and lm.card <= codec.cardinality:
+            for number, one in enumerate(answers[:HEARD_ANSWERS]):
+                wav = answer_sound(codec, one, rows, clock.steps(LEAD_SEC))
+                write_wav(folder / f"{number:02d}_{one.name}.wav", wav, clock.sample_rate)
+    return shares
 
 
 def _line(name: str, found: Mapping[str, Any]) -> str:
     """What came of one variant, on a few lines."""
     lines = [f"{name}: {found['trained_sec']:.0f} s, {found['parameters']:,} trained"]
     for memory, recall in found["recall"].items():
-        for group, bins in (recall or {}).items():
+        for group, bins in recall.items():
             shares = "  ".join(
                 f"{gap:g}s {share:.0%}/{words:.0f}"
                 for gap, share, words in zip(
@@ -132,6 +177,15 @@ def _line(name: str, found: Mapping[str, Any]) -> str:
                 )
             )
             lines.append(f"  {memory:6} {group:13} {shares}")
+    for memory, recall in found.get("free_answers", {}).items():
+        for group, bins in recall.items():
+            shares = "  ".join(
+                f"{gap:g}s {share:.0%}/{count}"
+                for gap, share, count in zip(
+                    bins["gap_sec"], bins["right"], bins["questions"], strict=True
+                )
+            )
+            lines.append(f"  said, {memory:6} {group:13} {shares}")
     for stream in ("text", "first_codebook", "other_codebooks"):
         values = " ".join(f"{value:.3f}" for value in found["nll"][stream])
         lines.append(f"  nll {stream:16} {values}")
@@ -175,6 +229,7 @@ def _parser() -> ArgumentParser:
     add("--study", type=str, required=True, help="YAML file of variants.")
     add("--only", type=list[str] | None, help="Names of the variants to run.")
     add("--out", type=str, default="runs/recall_study", help="Folder to write.")
+    add("--free_answers", type=int, default=0, help="Questions to be answered freely.")
     add("--minutes", type=int, default=5, help="Minutes of loss to measure.")
     add(
         "--precision", type=str, default="bf16-mixed", help="Of the training, as Lightning says it."

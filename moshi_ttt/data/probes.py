@@ -49,6 +49,8 @@ class Probe:
     """What of it is in no recording of the training set: `template`, `key`, `value`."""
     asked_step: int | None = None
     """Step in which the question starts; None if the file does not say."""
+    asked_until_step: int | None = None
+    """Step in which the question ends; None if the file does not say."""
 
 
 def read_probes(
@@ -88,15 +90,7 @@ def read_probes(
             if item["answered_by"] != MAIN_SPEAKER:
                 continue
             answer = _answer(item, steps_of)
-            probe = Probe(
-                str(item["kind"]),
-                _number(item, "gap_sec", math.inf),
-                _number(item, "chance", 1.0),
-                tuple(steps for _, steps in answer if steps),
-                _recall_class(item),
-                _unseen(item),
-                _step(item, clock),
-            )
+            probe = _probe(item, answer, clock)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(
                 f"{path}: probe {number} is malformed ({type(error).__name__}: {error}); {RULE}"
@@ -114,6 +108,19 @@ def read_probes(
         elif probe.answer_steps:
             probes.append(probe)
     return tuple(probes), problems
+
+
+def _probe(item: dict[str, Any], answer: Sequence[tuple[Spoken, range]], clock: Clock) -> Probe:
+    return Probe(
+        str(item["kind"]),
+        _number(item, "gap_sec", math.inf),
+        _number(item, "chance", 1.0),
+        tuple(steps for _, steps in answer if steps),
+        _recall_class(item),
+        _unseen(item),
+        _step(item, "asked_at", clock),
+        _step(item, "asked_until", clock),
+    )
 
 
 def _answer(item: dict[str, Any], steps_of: Mapping[Spoken, range]) -> list[tuple[Spoken, range]]:
@@ -145,10 +152,10 @@ def _number(item: dict[str, Any], key: str, most: float) -> float:
     return value
 
 
-def _step(item: dict[str, Any], clock: Clock) -> int | None:
-    if "asked_at" not in item:
+def _step(item: dict[str, Any], key: str, clock: Clock) -> int | None:
+    if key not in item:
         return None
-    seconds = _number(item, "asked_at", math.inf)
+    seconds = _number(item, key, math.inf)
     return round(seconds * clock.sample_rate) // clock.samples_per_step
 
 

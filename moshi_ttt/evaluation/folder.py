@@ -4,7 +4,8 @@
     events.jsonl                rings, critical positions and jumps, one event a line
     nll.json                    teacher-forced loss by position, what `PositionNLL.record` gives
     quality.json                text and sound around the positions, what `listening.listen` gives
-    probes.json                 recall of planted facts, if the recordings held any
+    probes.json                 recall of planted facts by memory and group, what `recall_record`
+                                gives of each, if the recordings held any
     audio/stream_00.wav         a whole stream: left Moshi, right the user
     audio/stream_00_at_2C.wav   what is heard of it around one position
     summary.json                what was run and what was found, with every scalar
@@ -19,7 +20,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,12 +91,16 @@ def _write_audio(
         cuts = cut_outs(quality, wav, clock.samples_per_step)
         files = {name: wav} | {f"{name}{CUT}{place}": cut for place, cut in cuts.items()}
         for stem, samples in files.items():
-            write = partial(_write_wav, wav=samples, sample_rate=clock.sample_rate)
-            write_atomic(folder / f"{stem}.wav", write)
+            write_wav(folder / f"{stem}.wav", samples, clock.sample_rate)
 
 
-def _write_wav(file: IO[bytes], wav: np.ndarray, sample_rate: int) -> None:
-    soundfile.write(file, wav, sample_rate, format="WAV")
+def write_wav(path: Path, wav: np.ndarray, sample_rate: int) -> None:
+    """Write [samples, channels] whole or not at all."""
+
+    def write(file: IO[bytes]) -> None:
+        soundfile.write(file, wav, sample_rate, format="WAV")
+
+    write_atomic(path, write)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,7 @@ class Evaluation:
 
     @property
     def recall(self) -> dict[str, Any] | None:
-        """Content of `probes.json`; None if the recordings held no probes."""
+        """Content of `probes.json`, by memory; None if the recordings held no probes."""
         return self._content(PROBES)
 
     @property

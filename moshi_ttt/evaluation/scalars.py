@@ -13,6 +13,7 @@ from moshi_ttt.diagnosis.listening import place_tag
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.rings import CacheSnapshot
 from moshi_ttt.rows import GROUPS
+from moshi_ttt.teacher_forcing.controls import EVERYONE, Recalls, beyond_window
 from moshi_ttt.teacher_forcing.recordings import TeacherForced
 
 
@@ -35,7 +36,8 @@ def evaluation_scalars(
     """
     scalars = position_summary(trace, jumps) | nll_scalars(read.nll)
     if read.recall is not None:
-        scalars |= recall_scalars(read.recall)
+        window_sec = trace.clock.seconds(trace.context_steps)
+        scalars |= recall_scalars(read.recall, window_sec)
     return scalars | quality_scalars(quality) | {"longgen/steps_per_sec": steps_per_sec}
 
 
@@ -158,10 +160,23 @@ def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:
     return scalars
 
 
-def recall_scalars(record: dict[str, list[float]]) -> dict[str, float]:
-    """Accuracy and NLL of each bin by TensorBoard tag."""
-    return {
-        f"longgen/recall/{name}/gap_{gap:04g}": value
+def recall_scalars(recalls: Recalls, window_sec: float) -> dict[str, float]:
+    """Recall by TensorBoard tag.
+
+    Accuracy and NLL of each group and bin with the memory kept, and the accuracy beyond the window
+    of own and heard facts together with each memory.
+
+    Args:
+        recalls: content of `probes.json`.
+        window_sec: attention's context.
+    """
+    scalars = {
+        f"longgen/recall/{group}/{name}/gap_{gap:04g}": value
+        for group, bins in recalls["kept"].items()
         for name in ("accuracy", "nll")
-        for gap, value in zip(record["gap_sec"], record[name], strict=True)
+        for gap, value in zip(bins["gap_sec"], bins[name], strict=True)
+    }
+    pooled = beyond_window(recalls, window_sec).get(EVERYONE, {})
+    return scalars | {
+        f"longgen/recall/beyond_window/{memory}": one.share for memory, one in pooled.items()
     }

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 
+from moshi_ttt.rows import Rows
+
 
 def rows_heard(lm: LMModel, codes: Tensor) -> list[bool]:
     """Whether any audio is known in each row of `codes` [B, 17, T]; waits for the device."""
@@ -39,34 +41,45 @@ def forward(lm: LMModel, codes: Tensor, heard: Sequence[bool] | None = None) -> 
     heard = rows_heard(lm, codes) if heard is None else heard
     if all(heard) or (not any(heard) and _others_wait_for_the_depformer(lm)):
         return lm(codes)
-    steps, own = codes.shape[-1], slice(lm.audio_offset, lm.audio_offset + lm.dep_q)
-    # one step more than there is, each row behind its delay: what is read, and what comes next
+    if not any(heard):
+        return _with_text_alone(lm, codes, _read_silent(lm, _delayed(lm, codes)[:, :, :-1]))
+    steps, own = codes.shape[-1], Rows.of(lm).own
+    delayed, rows = _delayed(lm, codes), indices(heard, codes.device)
+    transformer_out, text_logits = lm.forward_text(delayed[:, :, :-1])
+    ahead = lm.forward_depformer_training(delayed[rows, :, 1:], transformer_out[rows])
+    logits = ahead.new_full((len(codes), lm.dep_q, steps, lm.card), float("nan"))
+    # a silent row knows no code
+    mask = codes[:, own] != lm.zero_token_id
+    for row, delay in enumerate(lm.delays[own]):
+        logits[rows, row, : steps - delay] = ahead[:, row, delay:]
+        mask[:, row, steps - delay :] = False
+    return LMOutput(logits, mask, text_logits, codes[:, Rows.of(lm).text] != lm.zero_token_id)
+
+
+def text_forward(lm: LMModel, codes: Tensor) -> LMOutput:
+    """What `lm(codes)` gives for the text; audio logits are NaN and masked, and cost nothing."""
+    return _with_text_alone(lm, codes, lm.forward_text(_delayed(lm, codes)[:, :, :-1])[1])
+
+
+def _with_text_alone(lm: LMModel, codes: Tensor, text_logits: Tensor) -> LMOutput:
+    shape = len(codes), lm.dep_q, codes.shape[-1]
+    logits = text_logits.new_full((1, 1, 1, 1), float("nan")).expand(*shape, lm.card)
+    mask = torch.zeros(shape, dtype=torch.bool, device=codes.device)
+    return LMOutput(logits, mask, text_logits, codes[:, Rows.of(lm).text] != lm.zero_token_id)
+
+
+def _delayed(lm: LMModel, codes: Tensor) -> Tensor:
+    """Each row behind its delay, [B, 17, T + 1]: what is read, and what comes next."""
+    steps = codes.shape[-1]
     delayed = torch.full_like(codes[:, :, :1], lm.initial_token_id).repeat(1, 1, steps + 1)
     delayed[:, 0] = lm.text_initial_token_id
     for row, delay in enumerate(lm.delays):
         delayed[:, row, 1 + delay :] = codes[:, row, : steps - delay]
-    unknown = float("nan")
-    if not any(heard):
-        _, text_logits = _read_text_alone(lm, delayed[:, :, :-1])
-        logits = text_logits.new_full((1, 1, 1, 1), unknown)
-        logits = logits.expand(len(codes), lm.dep_q, steps, lm.card)
-        mask = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=codes.device)
-    else:
-        rows = indices(heard, codes.device)
-        transformer_out, text_logits = lm.forward_text(delayed[:, :, :-1])
-        ahead = lm.forward_depformer_training(delayed[rows, :, 1:], transformer_out[rows])
-        logits = ahead.new_full((len(codes), lm.dep_q, steps, lm.card), unknown)
-        for row, delay in enumerate(lm.delays[own]):
-            logits[rows, row, : steps - delay] = ahead[:, row, delay:]
-        # a silent row knows no code
-        mask = codes[:, own] != lm.zero_token_id
-        for row, delay in enumerate(lm.delays[own]):
-            mask[:, row, steps - delay :] = False
-    return LMOutput(logits, mask, text_logits, codes[:, :1] != lm.zero_token_id)
+    return delayed
 
 
-def _read_text_alone(lm: LMModel, delayed: Tensor) -> tuple[Tensor, Tensor]:
-    """`lm.forward_text` of [B, 17, T] whose audio is -1 behind its first steps.
+def _read_silent(lm: LMModel, delayed: Tensor) -> Tensor:
+    """Text logits of `lm.forward_text` for [B, 17, T] whose audio is -1 behind its first steps.
 
     The embedding of -1 is 0, so 16 of 17 embeddings are only looked up where audio begins.
     """
@@ -78,7 +91,7 @@ def _read_text_alone(lm: LMModel, delayed: Tensor) -> tuple[Tensor, Tensor]:
     out = lm.transformer(x)
     if lm.out_norm:
         out = lm.out_norm(out)
-    return out, lm.text_linear(out)[:, None]
+    return lm.text_linear(out)[:, None]
 
 
 def _others_wait_for_the_depformer(lm: LMModel) -> bool:

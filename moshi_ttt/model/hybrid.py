@@ -182,6 +182,14 @@ def gates_forced_to_zero(lm: LMModel) -> Iterator[None]:
                 gate.copy_(value)
 
 
+def reset_memories(lm: LMModel, rows: Tensor) -> None:
+    """Take the memories of some streams [B] away while they run; their attention goes on."""
+    for layer in hybrid_layers(lm).values():
+        state = layer.branch._streaming_state
+        assert state is not None, "nothing is remembered before streaming"
+        state.reset(rows)
+
+
 @contextmanager
 def memory_swapped(
     lm: LMModel,

@@ -1,7 +1,7 @@
 """What people look at: one self-contained HTML page a run, made from evaluation folders.
 
-`evaluation.folder` reads them; `figures`, `recall` and `overlays` draw, `text` says it in words,
-`pages` puts the page together.
+`evaluation.folder` reads them; `figures`, `recall` and `overlays` draw, `text` and `recall_words`
+say it in words, `pages` puts the page together.
 """
 
 from moshi_ttt.report.figures import png

@@ -22,7 +22,7 @@ from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.inside import inside_figures
-from moshi_ttt.report.recall import Recall, gap_positions, recall_figure
+from moshi_ttt.report.recall import gap_positions, recall_figure
 from moshi_ttt.report.style import (
     COLORS,
     JUMP_COLOR,
@@ -42,6 +42,7 @@ from moshi_ttt.report.style import (
     title,
 )
 from moshi_ttt.rows import GROUPS
+from moshi_ttt.teacher_forcing.controls import Recalls
 
 Nll = Mapping[str, Any]
 """Content of `nll.json`: `window_steps`, and the lists `start_step`, `text`, `first_codebook`,
@@ -81,7 +82,7 @@ def evaluation_figures(
     trace: Trace,
     jumps: Sequence[Jump],
     nll: Nll | None,
-    recall: Recall | None,
+    recall: Recalls | None,
     audio: Path | None,
 ) -> dict[str, Figure]:
     """Every figure of one evaluation by name; those without data are left out."""
@@ -93,7 +94,7 @@ def evaluation_figures(
     if nll is not None:
         figures["nll"] = nll_figure({trace.label: nll}, [trace])
     if recall is not None:
-        figures["recall"] = recall_figure({trace.label: recall}, [gap_positions(trace)])
+        figures["recall"] = recall_figure(recall, gap_positions(trace))
     if audio is not None:
         figures["audio"] = audio_figure(audio, trace)
     return figures

@@ -114,7 +114,12 @@ def figure(png: bytes, caption: str, alt: str) -> str:
 
 def details(summary: str, text: str) -> str:
     """Preformatted text behind a fold."""
-    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+    return folded(summary, f"<pre>{escape(text)}</pre>")
+
+
+def folded(summary: str, body: str) -> str:
+    """HTML behind a fold."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def player(path: Path, caption: str) -> str:

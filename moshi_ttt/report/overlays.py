@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from moshi_ttt.diagnosis.jumps import SETTLE_STEPS
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.figures import Nll, nll_figure
-from moshi_ttt.report.recall import Recall, gap_positions, recall_figure
+from moshi_ttt.report.recall import gap_positions, recall_overlay_figure
 from moshi_ttt.report.style import (
     fit_height,
     legend_below,
@@ -21,12 +21,13 @@ from moshi_ttt.report.style import (
     run_colors,
     styled,
 )
+from moshi_ttt.teacher_forcing.controls import Recalls
 
 
 def comparison_figures(
     traces: Mapping[str, Trace],
     nlls: Mapping[str, Nll | None],
-    recalls: Mapping[str, Recall | None],
+    recalls: Mapping[str, Recalls | None],
 ) -> dict[str, Figure]:
     """Overlays by name; more than `MAX_CURVES` runs cannot be told apart.
 
@@ -44,7 +45,7 @@ def comparison_figures(
         figures["nll"] = nll_figure(curves, [traces[label] for label in curves])
     remembered = {label: recall for label in traces if (recall := recalls[label]) is not None}
     if remembered:
-        figures["recall"] = recall_figure(
+        figures["recall"] = recall_overlay_figure(
             remembered, [gap_positions(traces[label]) for label in remembered]
         )
     return figures

@@ -22,7 +22,7 @@ from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section
 from moshi_ttt.report.figures import evaluation_pictures, png, png_of
 from moshi_ttt.report.overlays import comparison_figures
-from moshi_ttt.report.recall import recall_finding
+from moshi_ttt.report.recall_words import recall_finding, recall_numbers
 from moshi_ttt.report.style import MAX_CURVES
 from moshi_ttt.report.tables import events_table, rings_table
 from moshi_ttt.report.text import (
@@ -70,6 +70,7 @@ def write_report(
         _evaluations_table(labels, evaluations),
         f"<h2>The latest evaluation: {html.escape(labels[-1])}</h2>",
         *_evaluation_figures(latest, trace, (drawn or {}).get(latest.folder)),
+        *recall_numbers(latest.recall),
     ]
     if len(evaluations) > 1:
         body += ["<h2>Across the evaluations</h2>", *_comparison(traces, dict(shown))]

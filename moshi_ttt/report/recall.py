@@ -1,8 +1,10 @@
-"""What the memory probes say: recall against gap, as a figure and in a sentence."""
+"""What the memory probes say: recall against gap, as figures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,74 +12,183 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter
 
 from moshi_ttt.instruments.trace import Trace
-from moshi_ttt.report.style import MARK_COLOR, fit_height, legend_below, run_colors, styled
+from moshi_ttt.report.style import (
+    COLORS,
+    MARK_COLOR,
+    fit_height,
+    legend_below,
+    run_colors,
+    styled,
+)
+from moshi_ttt.teacher_forcing.controls import Recalls
 
-Recall = Mapping[str, Sequence[float]]
-"""Content of `probes.json`: `moshi_ttt.teacher_forcing.recall.recall_record` says what is in it."""
+Bins = Mapping[str, Sequence[float]]
+"""One group of one memory: `moshi_ttt.teacher_forcing.recall.recall_record` says what is in it."""
 
+CLASSES = ("own", "heard")
 BANDED_CURVES = 4  # intervals of more runs than this hide each other
+WITHOUT = {"reset": "memory reset", "other": "memory exchanged"}
+DASHES: dict[str, Any] = {"reset": "--", "other": "-."}
+GROUP_NAMES = {
+    "own": "own",
+    "heard": "heard",
+    "own_unseen": "own, unseen in training",
+    "heard_unseen": "heard, unseen in training",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    label: str
+    bins: Bins
+    color: str
+    style: dict[str, Any]
+    banded: bool = False
+
+
+KEPT_STYLE = {"linestyle": "-", "marker": "o", "markersize": 4}
 
 
 @styled
-def recall_figure(
-    curves: Mapping[str, Recall], positions_sec: Sequence[Mapping[str, float]]
-) -> Figure:
-    """Accuracy and NLL of the answers of memory probes against gap, one curve a label.
+def recall_figure(recalls: Recalls, positions_sec: Mapping[str, float]) -> Figure:
+    """Accuracy and NLL of the answers of memory probes against gap, of one model.
+
+    A thick curve for each class with the memory kept; thin ones for the controls.
 
     Args:
-        curves: label to content of `probes.json`.
-        positions_sec: of each label, in the same order, names and lengths that gaps may be compared
-            with, such as `gap_positions` or `{"C": 30.0, "trained length": 15.04}`; may be empty.
+        recalls: content of `probes.json`.
+        positions_sec: names and lengths that gaps may be compared with, such as `gap_positions` or
+            `{"C": 30.0, "trained length": 15.04}`; may be empty.
     """
-    figure = Figure(figsize=(10, 6.4))
+    groups = shown_groups(recalls["kept"])
+    colors = dict(zip(groups, COLORS, strict=False))
+    curves = [
+        _Curve(GROUP_NAMES[group], recalls["kept"][group], color, KEPT_STYLE, banded=True)
+        for group, color in colors.items()
+    ] + [
+        _Curve(
+            f"{GROUP_NAMES[group]}, {WITHOUT[memory]}",
+            recalls[memory][group],
+            color,
+            {"linestyle": DASHES[memory], "marker": ".", "linewidth": 0.9, "alpha": 0.85},
+        )
+        for group, color in colors.items()
+        for memory in WITHOUT
+        if group in recalls.get(memory, {})
+    ]
+    figure = Figure(figsize=(10, 6.6))
     accuracy, nll = figure.subplots(2, 1, sharex=True, height_ratios=(1.8, 1))
-    colors = run_colors(len(curves))
-    for color, (label, recall) in zip(colors, curves.items(), strict=True):
-        gaps = recall["gap_sec"]
-        accuracy.plot(gaps, recall["accuracy"], "o-", markersize=4, color=color, label=label)
-        nll.plot(gaps, recall["nll"], "o-", markersize=4, color=color)
-        if len(curves) <= BANDED_CURVES:
-            accuracy.fill_between(
-                gaps, recall["low"], recall["high"], color=color, alpha=0.13, linewidth=0
-            )
-    seen = {(tuple(one["gap_sec"]), tuple(one["chance"])) for one in curves.values()}
-    for gaps, chance in seen:
-        # a single bin would be a line of no length
-        accuracy.plot(gaps, chance, "_:", color=MARK_COLOR, markersize=10)
-    accuracy.annotate(
-        "chance", (gaps[-1], chance[-1]), xytext=(8, -3), textcoords="offset points", fontsize=8
-    )
-    accuracy.set_ylim(0, 1.32)  # room for the labels of the positions
-    accuracy.set_yticks(np.linspace(0, 1, 5))
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    accuracy.set_ylabel("answer words right")
-    nll.set_ylabel("NLL of the answers\n(nats a token)")
-    fit_height(nll, np.concatenate([one["nll"] for one in curves.values()]), room=0.15)
-    nll.yaxis.set_minor_formatter(NullFormatter())
-    _gap_axis(nll, curves)
+    _accuracy_panel(accuracy, curves)
+    _nll_panel(nll, curves)
+    _gap_axis(nll, curves, {GROUP_NAMES[group]: recalls["kept"][group] for group in groups})
     for axes in (accuracy, nll):
-        _mark(axes, positions_sec, colors, labels=axes is accuracy)
+        _mark(axes, [positions_sec], [MARK_COLOR], labels=axes is accuracy)
     accuracy.set_title("Recall of planted facts on held-out recordings, teacher-forced")
     if len(curves) > 1:
         legend_below(figure, accuracy)
     return figure
 
 
-def _gap_axis(axes: Axes, curves: Mapping[str, Recall]) -> None:
-    """Logarithmic, a tick a bin, and the number of words where all curves have the same."""
-    words = {
-        gap: {one["words"][list(one["gap_sec"]).index(gap)] for one in curves.values()}
-        for gap in sorted(set.intersection(*(set(one["gap_sec"]) for one in curves.values())))
+@styled
+def recall_overlay_figure(
+    runs: Mapping[str, Recalls], positions_sec: Sequence[Mapping[str, float]]
+) -> Figure:
+    """Recall of several models with their memories kept: accuracy of each class, and NLL.
+
+    Args:
+        runs: label to content of `probes.json`.
+        positions_sec: of each run, in the same order, as `recall_figure` takes them.
+    """
+    colors = run_colors(len(runs))
+    present = {group: None for one in runs.values() for group in one["kept"]}
+    groups = shown_groups(present)
+    figure = Figure(figsize=(10, 3.4 + 3.2 * len(groups)))
+    panels = figure.subplots(
+        len(groups) + 1, 1, sharex=True, height_ratios=[1.6] * len(groups) + [1]
+    )
+    everything = []
+    for axes, group in zip(panels, groups, strict=False):
+        curves = [
+            _Curve(label, one["kept"][group], color, KEPT_STYLE, len(runs) <= BANDED_CURVES)
+            for color, (label, one) in zip(colors, runs.items(), strict=True)
+            if group in one["kept"]
+        ]
+        everything.append(curves)
+        _accuracy_panel(axes, curves)
+        axes.set_ylabel(f"{GROUP_NAMES[group]}: answer words right")
+    _nll_panel(panels[-1], everything[0])
+    panels[-1].set_ylabel(f"{GROUP_NAMES[groups[0]]}: NLL\n(nats a token)")
+    counts = {
+        GROUP_NAMES[group]: curves[0].bins
+        for group, curves in zip(groups, everything, strict=True)
+        if all(_words(one.bins) == _words(curves[0].bins) for one in curves)
     }
-    gaps = sorted({gap for one in curves.values() for gap in one["gap_sec"]})
+    _gap_axis(panels[-1], [one for curves in everything for one in curves], counts)
+    for axes in panels:
+        _mark(axes, positions_sec, colors, labels=axes is panels[0])
+    panels[0].set_title("Recall of planted facts, memories kept, compared")
+    if len(runs) > 1:
+        # not every run has every class
+        handles = {one.label: one for curves in everything for one in curves}
+        for label in handles.keys() - {one.label for one in everything[0]}:
+            panels[0].plot([], [], color=handles[label].color, label=label, **KEPT_STYLE)
+        legend_below(figure, panels[0])
+    return figure
+
+
+def shown_groups(groups: Mapping[str, Any]) -> list[str]:
+    """The two classes; what is unseen in training only where there is nothing else."""
+    return [group for group in CLASSES if group in groups] or list(groups)
+
+
+def _words(bins: Bins) -> dict[float, float]:
+    return dict(zip(bins["gap_sec"], bins["words"], strict=True))
+
+
+def _accuracy_panel(axes: Axes, curves: Sequence[_Curve]) -> None:
+    for one in curves:
+        gaps = one.bins["gap_sec"]
+        axes.plot(gaps, one.bins["accuracy"], color=one.color, label=one.label, **one.style)
+        if one.banded:
+            axes.fill_between(
+                gaps, one.bins["low"], one.bins["high"], color=one.color, alpha=0.13, linewidth=0
+            )
+    seen = {(tuple(one.bins["gap_sec"]), tuple(one.bins["chance"])) for one in curves}
+    for gaps, chance in seen:
+        # a single bin would be a line of no length
+        axes.plot(gaps, chance, "_:", color=MARK_COLOR, markersize=10)
+    gaps, chance = max(seen)
+    axes.annotate(
+        "chance", (gaps[-1], chance[-1]), xytext=(8, -3), textcoords="offset points", fontsize=8
+    )
+    axes.set_ylim(0, 1.32)  # room for the labels of the positions
+    axes.set_yticks(np.linspace(0, 1, 5))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylabel("answer words right")
+
+
+def _nll_panel(axes: Axes, curves: Sequence[_Curve]) -> None:
+    for one in curves:
+        axes.plot(one.bins["gap_sec"], one.bins["nll"], color=one.color, **one.style)
+    axes.set_ylabel("NLL of the answers\n(nats a token)")
+    fit_height(axes, np.concatenate([one.bins["nll"] for one in curves]), room=0.15)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _gap_axis(axes: Axes, curves: Sequence[_Curve], counts: Mapping[str, Bins]) -> None:
+    """Logarithmic, a tick a bin, and below it the number of words of each of `counts`."""
+    gaps = sorted({gap for one in curves for gap in one.bins["gap_sec"]})
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    labels = [f"{gap:g}" for gap in gaps]
+    words = [_words(bins) for bins in counts.values()]
+    labels = [
+        "\n".join([f"{gap:g} s", *(f"{one[gap]:g}" if gap in one else "-" for one in words)])
+        for gap in gaps
+    ]
     note = "seconds from the last mention of the fact to the question (middle of the bin)"
-    if all(len(words.get(gap, ())) == 1 for gap in gaps):
-        labels = [f"{gap:g} s\n{min(words[gap]):g}" for gap in gaps]
-        note += "; below them, answer words"
+    if counts:
+        note += f"; below them, answer words ({'; '.join(counts)})"
     axes.set_xticks(gaps, labels)
     axes.set_xlim(gaps[0] / 1.4, gaps[-1] * 1.4)
     axes.set_xlabel(note)
@@ -120,24 +231,3 @@ def gap_positions(trace: Trace) -> dict[str, float]:
     if trace.trained_steps is not None:
         positions["trained length"] = trace.clock.seconds(trace.trained_steps)
     return positions
-
-
-def recall_finding(trace: Trace, recall: Recall) -> str:
-    """Recall within the attention window and beyond it, as a sentence."""
-    gaps, words = np.array(recall["gap_sec"]), np.array(recall["words"])
-    window_sec = trace.clock.seconds(trace.context_steps)
-
-    def part(inside: np.ndarray) -> str:
-        if not inside.any():
-            return "no probe was asked"
-        share = np.average(np.array(recall["accuracy"])[inside], weights=words[inside])
-        span = f"about {gaps[inside].min():g} to {gaps[inside].max():g} s"
-        return f"{share:.0%} of {words[inside].sum():.0f} words are right ({span})"
-
-    within = gaps <= window_sec
-    chance = np.average(recall["chance"], weights=words)
-    return (
-        f"Asked for a fact that was last mentioned within the attention window of "
-        f"{window_sec:g} s, {part(within)}; beyond it, {part(~within)}. "
-        f"Guessing among the values of the kind would give {chance:.0%}."
-    )

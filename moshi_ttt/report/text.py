@@ -36,8 +36,10 @@ CAPTIONS = {
     "for the position.",
     "recall": "Held-out recordings in which the user says a fact and asks for it later, fed in, "
     "not generated. Shown is whether the words of the answer are Moshi's likeliest, given that "
-    "a word is spoken. Bands: 95 % intervals. Beyond C, attention no longer reaches the fact "
-    "directly.",
+    "a word is spoken. Own: Moshi has repeated the fact; heard: only the user has said it. Bands: "
+    "95 % intervals. Beyond C, attention no longer reaches the fact directly. Thin lines, if the "
+    "model has a memory: the same questions with the memory reset just before them, and exchanged "
+    "for another conversation's. What the memory does is the distance from the thick line to both.",
     "audio": "Left channel: Moshi. The spectrogram shows the left channel only.",
 }
 COMPARISON_CAPTIONS = {
@@ -45,7 +47,9 @@ COMPARISON_CAPTIONS = {
     "positions, grey where all runs share them, else in the colour of the run.",
     "signals": "Branch ratio (mean over hybrid layers, 0 for vanilla Moshi) and entropies.",
     "nll": CAPTIONS["nll"],
-    "recall": CAPTIONS["recall"],
+    "recall": "The answers of held-out recordings, fed in, not generated, with each run's memory "
+    "kept. Own: Moshi has repeated the fact; heard: only the user has said it. Bands: 95 % "
+    "intervals. Beyond C, attention no longer reaches the fact directly.",
 }
 GLOSSARY = {
     "step": "One position of Moshi's temporal transformer, one codec frame, 80 ms (12.5 a second). "
@@ -77,6 +81,13 @@ GLOSSARY = {
 PROBE_GLOSSARY = {
     "memory probe": "A fact that the user mentions and asks for later; only the words of the "
     "answer that stand for the fact are measured.",
+    "own": "A probe whose fact Moshi has repeated: fact and answer are both in its own text.",
+    "heard": "A probe whose fact only the user has said: Moshi must have understood it.",
+    "unseen": "A probe of which something (template, key or value) is in no training recording; "
+    "scored apart from the others of its class.",
+    "reset": "A control: the memory is emptied to its learned start just before each question.",
+    "exchanged": "A control: just before each question the memory is replaced by what another "
+    "conversation left. Only what is lost in both controls was the memory's own doing.",
     "gap": "Seconds from the end of the last mention of a fact to the start of the question.",
     "chance": "Share of answer words right by guessing among the values of the kind, e.g. 10 % for "
     "a digit.",

@@ -5,37 +5,29 @@ The recording is read teacher-forced, and the words of the answer are what is me
 whose attention still reaches the fact, or whose memory holds it, names them; any other can only
 guess among the values of the kind.
 
-That a memory is used is another claim. It is tested by reading the same questions again with the
-memory taken away just before each of them, and with that of another conversation in its place.
+That a memory is used is another claim: `moshi_ttt.teacher_forcing.controls`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
-from tqdm import tqdm
 
-from moshi_ttt.data import EncodedRecording, Probe
-from moshi_ttt.memory import MemoryState
-from moshi_ttt.model.hybrid import memory_swapped
+from moshi_ttt.data import Probe
 from moshi_ttt.rows import TEXT_ROW
 
 GAP_CENTRES_SEC = (4, 10, 20, 40, 60, 90, 120, 180, 240)
 """Middles of the bins of `ProbeRecall`; their edges are the geometric means of neighbours."""
 GROUPS = ("own", "heard", "own_unseen", "heard_unseen")
 """Classes of probes; apart from them those of which something is in no training recording."""
-Memory = Literal["kept", "reset", "other"]
-"""What a question is read with: what was remembered, nothing, or another conversation's memory."""
-MEMORIES: tuple[Memory, ...] = get_args(Memory)
 Recall = dict[str, dict[str, list[float]]]
 """By group, then by quantity, a value a bin that holds words: what `recall_record` gives."""
 
@@ -111,61 +103,6 @@ def group_of(probe: Probe) -> int:
 def gap_bin(gap_sec: float) -> int:
     """The bin of a gap; the first and the last bin are open to their sides."""
     return sum(gap_sec >= math.sqrt(low * high) for low, high in pairwise(GAP_CENTRES_SEC))
-
-
-@torch.no_grad()
-def read_recall(
-    lm: LMModel, recordings: Sequence[EncodedRecording], memory: Memory, max_steps: int
-) -> Recall | None:
-    """Read recordings for their probes alone.
-
-    Args:
-        lm: model under test, in eval mode; with a memory, unless it is kept.
-        recordings: whole recordings.
-        memory: what each question is read with.
-        max_steps: how far a recording is read at most.
-
-    Returns:
-        None if no probe was measured.
-    """
-    # one process evaluates while the others wait: adding up over all of them would wait for ever
-    metric = ProbeRecall(sync_on_compute=False).to(lm.device)
-    others: list[Mapping[int, MemoryState] | None] = [None] * len(recordings)
-    if memory == "other":
-        others = _memories_of_others(lm, recordings, max_steps)
-    bar = tqdm(recordings, desc=f"recall, {memory}", unit="recording", leave=False)
-    for recording, other in zip(bar, others, strict=True):
-        codes = recording.codes[None, :, : _last_step(recording, max_steps)].to(lm.device)
-        asked = sorted(_question(probe) for probe in recording.probes)
-        scope: AbstractContextManager[Any] = nullcontext()
-        if memory != "kept":
-            scope = memory_swapped(lm, asked, other)
-        with scope:
-            metric.update(lm, lm(codes), codes, recording.probes)
-    return recall_record(metric)
-
-
-def _memories_of_others(
-    lm: LMModel, recordings: Sequence[EncodedRecording], max_steps: int
-) -> list[Mapping[int, MemoryState] | None]:
-    """For each recording, what the memories hold at the end of the one before it."""
-    ends: list[Mapping[int, MemoryState] | None] = []
-    for recording in recordings:
-        codes = recording.codes[None, :, : _last_step(recording, max_steps)].to(lm.device)
-        with memory_swapped(lm) as swaps:
-            lm(codes)
-        ends.append({index: swap.last for index, swap in swaps.items() if swap.last is not None})
-    return [ends[-1], *ends[:-1]]
-
-
-def _question(probe: Probe) -> int:
-    """Step in which the question starts, or the answer if nothing is known of the question."""
-    return probe.answer_steps[0].start if probe.asked_step is None else probe.asked_step
-
-
-def _last_step(recording: EncodedRecording, max_steps: int) -> int:
-    last = max((word.stop for one in recording.probes for word in one.answer_steps), default=1)
-    return min(last, max_steps)
 
 
 def recall_record(metric: ProbeRecall) -> Recall | None:

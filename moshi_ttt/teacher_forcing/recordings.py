@@ -11,6 +11,15 @@ from moshi.models.lm import LMModel, LMOutput
 from tqdm import tqdm
 
 from moshi_ttt.data import EncodedRecording
+from moshi_ttt.model.hybrid import memory_swapped
+from moshi_ttt.teacher_forcing.controls import (
+    Recalls,
+    State,
+    controls_of,
+    memory_after,
+    probed_steps,
+    read_recall,
+)
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from moshi_ttt.teacher_forcing.recall import ProbeRecall, recall_record
 
@@ -25,18 +34,20 @@ class TeacherForced:
 
     nll: dict[str, Any]
     """Content of `nll.json`, as `PositionNLL.record` gives it."""
-    recall: dict[str, list[float]] | None
-    """Content of `probes.json`; None without probes."""
+    recall: Recalls | None
+    """Content of `probes.json`, by memory and group; None without probes."""
 
 
 @torch.no_grad()
 def read_teacher_forced(
     lm: LMModel, recordings: Sequence[EncodedRecording], steps: int, window_steps: int
 ) -> TeacherForced:
-    """Read every recording once, in one parallel forward: the streaming form is the same function.
+    """Read every recording in one parallel forward: the streaming form is the same function.
 
     A recording is read from its start to `steps`, or further for its probes, but for them not
-    beyond `MAX_READ_STEPS`; those that are answered after what was read are not counted.
+    beyond `MAX_READ_STEPS`; those that are answered after what was read are not counted. If the
+    model has a memory and something was asked, the recordings are read again with the memory taken
+    away before each question and, where there are two of them, with another one's.
 
     Args:
         lm: model under test, in eval mode.
@@ -49,14 +60,25 @@ def read_teacher_forced(
     recall = ProbeRecall(sync_on_compute=False)
     nll.to(lm.device)
     recall.to(lm.device)
+    ends: list[State] = []
     for recording in tqdm(recordings, desc="teacher-forced", unit="recording", leave=False):
-        last = max((word.stop for one in recording.probes for word in one.answer_steps), default=0)
-        wanted = max(steps, min(last, MAX_READ_STEPS))
+        wanted = max(steps, probed_steps(recording, MAX_READ_STEPS))
         codes = recording.codes[None, :, :wanted].to(lm.device)
-        output = lm(codes)
+        with memory_swapped(lm) as swaps:
+            output = lm(codes)
+        ends.append(memory_after(swaps))
         recall.update(lm, output, codes, recording.probes)
         nll.update(lm, cut(output, slice(steps)), codes[..., :steps])
-    return TeacherForced(nll.record(), recall_record(recall))
+    kept = recall_record(recall)
+    if kept is None:
+        return TeacherForced(nll.record(), None)
+    # as far as for `kept`, so that the same questions are counted
+    recalls = {"kept": kept}
+    for memory in controls_of(lm, recordings):
+        found = read_recall(lm, recordings, memory, max(steps, MAX_READ_STEPS), ends)
+        assert found is not None, "what was counted once is counted again"
+        recalls[memory] = found
+    return TeacherForced(nll.record(), recalls)
 
 
 def cut(output: LMOutput, steps: slice) -> LMOutput:

@@ -98,7 +98,7 @@ def write_figures(out: Path, by_position: dict[str, Any], free: Path, forced: Pa
     trace, recall = traces["forced"], evaluations["forced"].recall
     figures["nll"] = nll_figure({"held out, teacher-forced": by_position}, [trace])
     if recall is not None:
-        figures["recall"] = recall_figure({"held out": recall}, [gap_positions(trace)])
+        figures["recall"] = recall_figure(recall, gap_positions(trace))
     for name, figure in figures.items():
         write_bytes(out / f"{name}.png", png(figure))
 

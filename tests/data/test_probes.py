@@ -48,7 +48,7 @@ def test_an_answer_is_where_its_tokens_are_in_the_text_row(tmp_path: Path) -> No
     mirrored = probe(asked_by=MAIN, answered_by=USER, answer=[["two", [0.2, 0.3]]])
     recording = read(write_recording(tmp_path, [mirrored, probe()]))
     answer = (range(25, 27), range(27, 30))
-    assert recording.probes == (Probe("code", 12.5, 0.1, answer, "heard"),)
+    assert recording.probes == (Probe("code", 12.5, 0.1, answer, "heard", asked_step=18),)
     letters = LetterTokenizer().encode("fotwo")
     assert recording.codes[0, 25:30].tolist() == letters
     found = check_manifest(tmp_path / "m.jsonl", CLOCK, LetterTokenizer(), decode=False)
@@ -68,6 +68,14 @@ def test_a_probe_says_its_class_and_what_of_it_is_unseen(tmp_path: Path) -> None
     assert [one.unseen for one in found] == [("template", "key"), (), (), ()]
 
 
+def test_a_probe_says_when_the_question_is_asked_if_the_file_does(tmp_path: Path) -> None:
+    unknown = {key: value for key, value in probe().items() if key != "asked_at"}
+    said = [probe(asked_until=1.93), probe(), unknown]
+    found = read(write_recording(tmp_path, said)).probes
+    steps = [(one.asked_step, one.asked_until_step) for one in found]
+    assert steps == [(18, 24), (18, None), (None, None)]
+
+
 def test_recordings_without_probes_have_none(tmp_path: Path) -> None:
     assert read(write_recording(tmp_path, [])).probes == ()
 
@@ -83,6 +91,7 @@ def test_recordings_without_probes_have_none(tmp_path: Path) -> None:
         (probe(**{"class": "told"}), "probe 0 .*class='told' is none of own, heard"),
         (probe(unseen="key"), "probe 0 .*unseen='key' is not a list"),
         (probe(unseen=[1]), "probe 0 .*unseen=.1. is not a list of words"),
+        (probe(asked_until=-1), "probe 0 .*asked_until=-1 is outside"),
         (probe(gap_sec="soon"), "probe 0 is malformed .*soon"),
         ({"kind": "code"}, "probe 0 is malformed .*answered_by"),
         ("code", "probe 0 is malformed"),

@@ -26,6 +26,7 @@ from moshi_ttt.files import plain
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.report.text import findings
+from moshi_ttt.teacher_forcing.controls import Recalls
 from moshi_ttt.teacher_forcing.recordings import TeacherForced
 
 STEPS = 24
@@ -37,13 +38,17 @@ NLL = {
     "other_codebooks": [1.0, 1.0, 1.0],
 }
 RECALL = {
-    "gap_sec": [4.0],
-    "words": [10.0],
-    "accuracy": [0.5],
-    "chance": [0.1],
-    "nll": [1.5],
-    "low": [0.2],
-    "high": [0.8],
+    "kept": {
+        "own": {
+            "gap_sec": [4.0],
+            "words": [10.0],
+            "accuracy": [0.5],
+            "chance": [0.1],
+            "nll": [1.5],
+            "low": [0.2],
+            "high": [0.8],
+        }
+    }
 }
 
 
@@ -76,7 +81,7 @@ def talked(
     )
 
 
-def judged(trace: Trace, recall: dict[str, list[float]] | None = None) -> Judgement:
+def judged(trace: Trace, recall: Recalls | None = None) -> Judgement:
     return judge(
         trace,
         TeacherForced(NLL, recall),
@@ -126,7 +131,7 @@ def test_a_judgement_is_of_a_trace_alone_and_holds_every_kind_of_scalar() -> Non
     assert not result.quality["audible"]
     scalars = result.scalars
     assert scalars["longgen/jump/count"] == 1
-    assert scalars["longgen/recall/accuracy/gap_0004"] == 0.5
+    assert scalars["longgen/recall/own/accuracy/gap_0004"] == 0.5
     assert "longgen/quality/distinct_2/whole" in scalars
     assert scalars["longgen/steps_per_sec"] == 80
     assert not any("recall" in tag for tag in judged(trace).scalars)

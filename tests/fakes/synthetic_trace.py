@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -156,7 +157,7 @@ def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int
     )
 
 
-RECALL = {
+BINS = {
     "gap_sec": [4, 20, 60, 240],
     "words": [100, 50, 40, 10],
     "accuracy": [0.9, 0.6, 0.2, 0.0],
@@ -165,4 +166,16 @@ RECALL = {
     "low": [0.83, 0.46, 0.1, 0.0],
     "high": [0.94, 0.72, 0.35, 0.28],
 }
-"""What `recall_record` gives: good within the window, chance beyond it."""
+"""One group of `recall_record`: good within the window, chance beyond it."""
+RECALL = {"kept": {"own": BINS}}
+"""Content of `probes.json` for a model without a memory."""
+
+
+def remembered(kept: float, reset: float, other: float | None) -> dict[str, dict[str, Any]]:
+    """Content of `probes.json` for a memory: own words right beyond 30 s, with each memory.
+
+    Facts that were only heard are answered as in `BINS`, whatever the memory.
+    """
+    found = {"kept": kept, "reset": reset} | ({} if other is None else {"other": other})
+    own = {memory: BINS | {"accuracy": [0.9, 0.6, far, far]} for memory, far in found.items()}
+    return {memory: {"own": bins, "heard": BINS} for memory, bins in own.items()}

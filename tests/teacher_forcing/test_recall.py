@@ -116,7 +116,7 @@ def test_every_token_of_a_word_must_be_right() -> None:
     for second in (12, 13):
         output = planted_output({5: {11: 0.9}, 6: {second: 0.9}})
         metric.update(LM, output, codes, [Probe("day", 20.0, 0.1, (range(5, 7),))])
-    assert metric.compute()["accuracy"][2] == 0.5
+    assert metric.compute()["accuracy"][0, 2] == 0.5
 
 
 def test_without_probes_there_is_no_record() -> None:
