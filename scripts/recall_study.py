@@ -1,6 +1,6 @@
 """What makes a memory remember: variants trained on the same clips, measured on the same questions.
 
-    python scripts/recall_study.py --study configs/study/projections.yaml --model.source build/tiny \
+    python scripts/recall_study.py --study configs/study/rules.yaml --model.source build/tiny \
         --data.manifest build/far/with_text.jsonl --data.val_manifest build/heldout/manifest.jsonl
 
 A study is a YAML file of variants: each has a name, the optimizer steps it trains for (0: none) and
@@ -23,9 +23,10 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer, seed_everything
 
+from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.evaluation.folder import write_wav
@@ -57,7 +58,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         Results by variant.
     """
     parser = _parser()
-    options = parser.parse_args(args)
+    options = parse(parser, args)
     out = Path(options.out)
     variants = _variants(Path(options.study), options.only)
     data = ConversationData(**vars(options.data), source=options.model.source)
@@ -222,9 +223,7 @@ def _variants(study: Path, only: list[str] | None) -> list[dict[str, Any]]:
 
 
 def _parser() -> ArgumentParser:
-    # the docstring under each config field is its help text
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=__doc__)
+    parser = program_parser(__doc__)
     add: Any = parser.add_argument
     add("--study", type=str, required=True, help="YAML file of variants.")
     add("--only", type=list[str] | None, help="Names of the variants to run.")

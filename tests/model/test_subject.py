@@ -18,11 +18,12 @@ from moshi_ttt.model.weights import save_trained
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(source="tiny", dtype="float32", context_steps=20, train="memory")
-    groups = trainable_groups(build_lm(config, open_source("tiny")))
+    source = open_source("tiny")
+    groups = trainable_groups(build_lm(config, source))
     path = tmp_path_factory.mktemp("runs") / "long60s/000/checkpoints/best.safetensors"
     path.parent.mkdir(parents=True)
     weights = {name: one for group in groups.values() for name, one in group.items()}
-    save_trained(path, weights, config, trained_steps=25)
+    save_trained(path, weights, config, trained_steps=25, source=source)
     return path
 
 

@@ -155,9 +155,9 @@ def test_unusable_codes_are_refused_with_line_and_file(
 
 
 def test_a_codes_file_is_read_once_for_the_check_and_all_that_follows(
-    program: Any, audio_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    audio_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode(program, audio_manifest, tmp_path / "codes")
+    encode(audio_manifest, tmp_path / "codes")
     opened: list[str] = []
 
     def count(path: Path, expected: CodesFormat | None) -> torch.Tensor:

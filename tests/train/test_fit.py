@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
@@ -23,45 +21,6 @@ from moshi_ttt.model.weights import load_trained
 from train.fit import FitCLI, main
 from train.module import MoshiTTT
 from train.recipes import CONFIGS
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Arguments of a run of seconds: 2 recordings of 8 s, clips of 2 s, 4 batches an epoch."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    lines = []
-    for number in range(2):
-        time_sec = np.arange(8 * 24_000) / 24_000
-        pitch_hz = rng.uniform(100, 300, size=2)
-        audio = 0.3 * np.sin(2 * np.pi * pitch_hz * time_sec[:, None] ** 1.2)
-        soundfile.write(folder / f"{number}.wav", audio, 24_000)
-        words = [["hello", [0.5 + t, 0.9 + t], "SPEAKER_MAIN"] for t in range(7)]
-        (folder / f"{number}.json").write_text(json.dumps({"alignments": words}))
-        lines.append(json.dumps({"path": f"{number}.wav", "duration": 8.0}))
-    (folder / "data.jsonl").write_text("\n".join(lines))
-    return [
-        "--config=long60s.yaml",
-        f"--data.manifest={folder}/data.jsonl",
-        f"--data.val_manifest={folder}/data.jsonl",
-        f"--data.cache_dir={folder}/cache",
-        "--data.duration_sec=2",
-        "--data.allow_any_duration=true",
-        "--data.batch_size=2",
-        "--model.context_steps=20",
-        "--model.memory.layers=last:1",
-        "--model.memory.head_dim=8",
-        "--model.memory.mini_batch_steps=5",
-        "--trainer.max_epochs=2",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.enable_model_summary=false",
-        "--trainer.accelerator=cpu",
-        "--long_generation.every_n_epochs=0",
-        "--long_generation.run.prompts=1",
-        "--long_generation.run.seeds=1",
-        "--long_generation.run.prompt_sec=1",
-        "--long_generation.run.seconds=4",
-    ]
 
 
 def scalars(run_folder: Path, tag: str) -> list[float]:
@@ -259,29 +218,6 @@ def test_a_group_without_gradient_is_an_error(
     )
     with pytest.raises((UserError, RuntimeError), match="no gradient reached gates, memory"):
         main([*small, f"--run_dir={tmp_path}", "--model.train=memory+lora"])
-
-
-def test_what_is_logged_is_the_same_however_often_it_is_logged(
-    small: list[str], tmp_path: Path
-) -> None:
-    logged = {}
-    for every in (1, 3):
-        args = ["--model.loss.magnitude_reg=0", f"--trainer.log_every_n_steps={every}"]
-        events = EventAccumulator(str(main([*small, *args, f"--run_dir={tmp_path}/{every}"])))
-        events.Reload()
-        logged[every] = {
-            (tag, event.step): event.value
-            for tag in events.Tags()["scalars"]
-            if tag.startswith("train/")
-            for event in events.Scalars(tag)
-        }
-    assert {step for _, step in logged[1]} == set(range(8))
-    assert logged[3] == {key: value for key, value in logged[1].items() if key[1] in (2, 5)}
-    per_layer = ("branch_ratio", "branch_ratio_max", "raw_branch_ratio", "gate")
-    names = {f"{name}/layer_05" for name in per_layer}
-    names |= {"loss", "text_loss", "audio_loss", "magnitude_penalty"}
-    names |= {"grad_norm/gates", "grad_norm/memory"}
-    assert {tag.removeprefix("train/") for tag, _ in logged[3]} == names
 
 
 def test_memory_learns_and_the_regulariser_keeps_the_ratio_under_its_target(
