@@ -17,6 +17,7 @@ keeps its evaluations side by side in `RUN/longgen/`.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from moshi_ttt.instruments.trace import Trace
 EVENTS, NLL, QUALITY = "events.jsonl", "nll.json", "quality.json"
 PROBES, AUDIO, SUMMARY = "probes.json", "audio", "summary.json"
 CUT = "_at_"  # between the name of a stream and that of a position
+
+logger = logging.getLogger(__name__)
 
 
 def write_folder(
@@ -145,8 +148,18 @@ class Evaluation:
 
     @property
     def recall(self) -> dict[str, Any] | None:
-        """Content of `probes.json`, by memory; None if the recordings held no probes."""
-        return self._content(PROBES)
+        """Content of `probes.json`, by memory; None if the recordings held no probes.
+
+        One without controls, as evaluations were written before there were any, is left out and
+        said so.
+        """
+        recall = self._content(PROBES)
+        if recall is None or "kept" in recall:
+            return recall
+        logger.warning(
+            "%s has no controls of the memory; evaluate again to see recall", self.folder
+        )
+        return None
 
     @property
     def events(self) -> list[dict[str, Any]]:

@@ -182,6 +182,15 @@ def test_an_earlier_evaluation_leaves_neither_cut_outs_nor_probes(tmp_path: Path
     assert evaluation.recall is None
 
 
+def test_recall_without_controls_is_left_out_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path, make_trace(), judged(make_trace(), RECALL), [], wall_sec=1.0)
+    (tmp_path / "probes.json").write_text(json.dumps({"gap_sec": [4.0], "accuracy": [0.5]}))
+    assert Evaluation.load(tmp_path).recall is None
+    assert "evaluate again" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("prompt_steps", "free_from"),
     [(0, 0), (1, 1), (298, 298), (299, 0), (300, 0)],

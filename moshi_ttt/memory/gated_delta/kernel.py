@@ -81,6 +81,7 @@ def _agrees(head_dim: int, device: torch.device, chunked: Form) -> bool:
         return _fall_back(f"fla-core {found} was not compared with the reference, {TESTED}x was")
     if head_dim > LARGEST_HEAD_DIM:
         return _fall_back(f"heads of {head_dim} channels are wider than {LARGEST_HEAD_DIM}")
+    logger.warning("gated_delta: fla-core compiles its kernels, for minutes on a new machine")
     try:
         error = largest_error(head_dim, device, chunked)
     except Exception as failure:  # whatever a compiler or driver may say: the other form works
