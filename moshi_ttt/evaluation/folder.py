@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 def write_folder(
     folder: Path, trace: Trace, judged: Judgement, sound: Sequence[np.ndarray], wall_sec: float
 ) -> None:
-    """Write all of it; cut-outs and probes that an earlier evaluation left are removed.
+    """Write all of it; what an earlier evaluation left is removed, its summary first.
 
     Args:
         folder: of the evaluation; made if it is not there.
@@ -55,6 +55,7 @@ def write_folder(
         sound: the first streams, [samples, 2] each; none if the codes have no sound.
         wall_sec: time that all of it took.
     """
+    (folder / SUMMARY).unlink(missing_ok=True)  # from here on the folder is not complete
     _write_audio(folder / AUDIO, sound, judged.quality, trace.clock)
     trace.save(folder)
     events = generation_events(trace) + [jump.event() for jump in judged.jumps]
@@ -87,7 +88,7 @@ def _write_audio(
     folder: Path, sound: Sequence[np.ndarray], quality: Mapping[str, Any], clock: Clock
 ) -> None:
     """Whole streams, and what is heard around each position."""
-    for stale in folder.glob(f"stream_*{CUT}*.wav"):  # an earlier evaluation's jumps
+    for stale in folder.glob("stream_*.wav"):  # of an earlier evaluation
         stale.unlink()
     for row, wav in enumerate(sound):
         name = f"stream_{row:02d}"

@@ -17,6 +17,7 @@ from synthetic_trace import make_trace
 
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.diagnosis.jumps import find_jumps
+from moshi_ttt.errors import UserError
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.folder import Evaluation, write_folder
 from moshi_ttt.evaluation.judge import Judgement, judge
@@ -170,7 +171,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(evaluation.trace().input_norm, trace.input_norm)
 
 
-def test_an_earlier_evaluation_leaves_neither_cut_outs_nor_probes(tmp_path: Path) -> None:
+def test_an_earlier_evaluation_leaves_neither_sound_nor_probes(tmp_path: Path) -> None:
     trace = make_trace(jump_at=763)
     wav = np.zeros((899 * 1920, 2))
     write_folder(tmp_path, trace, judged(trace, RECALL), [wav], wall_sec=1.0)
@@ -178,8 +179,24 @@ def test_an_earlier_evaluation_leaves_neither_cut_outs_nor_probes(tmp_path: Path
     assert any("at_jump" in path.name or "at_2C" in path.name for path in before)
     write_folder(tmp_path, trace, judged(trace), [], wall_sec=1.0)
     evaluation = Evaluation.load(tmp_path)
-    assert evaluation.cuts == []
+    assert evaluation.audio == evaluation.cuts == []
     assert evaluation.recall is None
+
+
+def test_a_folder_that_is_being_written_again_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = make_trace()
+    write_folder(tmp_path, trace, judged(trace), [], wall_sec=1.0)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("moshi_ttt.evaluation.folder.write_events", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(tmp_path, make_trace(jump_at=763), judged(trace), [], wall_sec=1.0)
+    with pytest.raises(UserError, match="summary"):
+        Evaluation.load(tmp_path)
 
 
 def test_recall_without_controls_is_left_out_and_said_so(
