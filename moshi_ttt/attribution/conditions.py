@@ -7,8 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-SETTLE_STEPS = 8  # the first steps of a run, and those after a prompt, are of another kind
-
+from moshi_ttt.diagnosis.jumps import SETTLE_STEPS
 
 Regime = Literal["free", "forced", "silent"]
 

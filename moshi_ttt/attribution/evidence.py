@@ -27,8 +27,9 @@ from moshi_ttt.attribution.changepoint import (
     peaks,
     presence,
 )
-from moshi_ttt.attribution.conditions import SETTLE_STEPS, Condition
+from moshi_ttt.attribution.conditions import Condition
 from moshi_ttt.attribution.runs import MIN_STREAMS, Runs
+from moshi_ttt.diagnosis.jumps import SETTLE_STEPS
 
 FIRST_PLACE_STEPS = SETTLE_STEPS + WINDOW_STEPS + GAP_STEPS  # after the prompt; first place seen
 

@@ -20,7 +20,8 @@ from moshi_ttt.errors import UserError, check_bounds
 from moshi_ttt.instruments.events import Event
 from moshi_ttt.instruments.trace import Trace
 
-SETTLE_STEPS = 8  # attention parks on position 0; norms of the first steps are of another kind
+SETTLE_STEPS = 8
+"""Attention parks on position 0: a run's first steps, and those after a prompt, differ in kind."""
 MAX_P_VALUE = 0.01  # of a rise that the streams share; a single stream has no such test
 
 

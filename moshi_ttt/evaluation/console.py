@@ -14,7 +14,7 @@ from typing import Any
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.quality import text_measures
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import check_bounds
 from moshi_ttt.generation.observer import Observer
 from moshi_ttt.instruments.critical import Lengths, by_step, critical_steps
 from moshi_ttt.instruments.events import (
@@ -85,8 +85,7 @@ class ConsoleLog(Observer):
         trained_steps: int | None = None,
         text_padding_ids: Sequence[int] = (3, 0),
     ) -> None:
-        if interval_steps < 1:
-            raise UserError(f"log interval {interval_steps} must be at least 1 step")
+        check_bounds("log_interval", interval_steps, least=1, remedy="use e.g. 100")
         self._recorder = recorder
         self._clock = clock
         self._interval_steps = interval_steps

@@ -239,5 +239,5 @@ def test_between_lines_nothing_is_asked_of_the_recorder() -> None:
 
 
 def test_a_log_needs_an_interval(make_lm: Callable[..., LMModel]) -> None:
-    with pytest.raises(UserError, match="log interval 0 must be at least 1"):
+    with pytest.raises(UserError, match="log_interval=0 must be at least 1"):
         run_with_log(make_lm, interval_steps=0)
