@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moshi_ttt.attribution.changepoint import MIN_LOG_RATIO, UNKNOWN, Interval, presence
+from moshi_ttt.attribution.conditions import Condition
 from moshi_ttt.attribution.evidence import Evidence
 
 Decision = Literal["supported", "refuted", "undecided"]
@@ -72,14 +73,7 @@ def _eviction(evidence: Evidence, turns: int, name: str) -> Finding:
             missing.append(f"no rise at {place} with C = {capacity}: x{rise.exp().text()}")
         seen = seen and presence(rise) == "present"
     slope = effects["slope"] = evidence.slope
-    sunk = evidence.where(
-        lambda one: (
-            one.sinks > 0
-            and one.start_position == 0
-            and one.regime == evidence.regime
-            and not one.gates_shut
-        )
-    )
+    sunk = _changed(evidence, sinks=True)
     left = evidence.remaining(sunk) if evidence.change == "step" else UNKNOWN
     removed = effects["removed_by_sinks"] = Interval(1 - left.value, 1 - left.high, 1 - left.low)
     follows = f"location follows {slope.text()} steps per step of C, predicted {turns}"
@@ -104,17 +98,24 @@ def _eviction(evidence: Evidence, turns: int, name: str) -> Finding:
     return Finding(name, "undecided", tuple(reasons), effects)
 
 
+def _changed(
+    evidence: Evidence, *, sinks: bool = False, start: bool = False, gates: bool = False
+) -> list[Condition]:
+    """Runs in the regime of the change that differ from the references in this alone."""
+    return evidence.where(
+        lambda one: (
+            (one.sinks > 0) == sinks
+            and (one.start_position > 0) == start
+            and one.gates_shut == gates
+            and one.regime == evidence.regime
+        )
+    )
+
+
 def _absolute_position(evidence: Evidence) -> Finding:
     """The change stays at one step whatever C, and leaves it when the stream starts elsewhere."""
     name = "absolute position"
-    moved = evidence.where(
-        lambda one: (
-            one.start_position > 0
-            and one.sinks == 0
-            and one.regime == evidence.regime
-            and not one.gates_shut
-        )
-    )
+    moved = _changed(evidence, start=True)
     starts = sorted({one.start_position for one in moved})
     slope = evidence.slope
     effects = {"slope": slope}
@@ -230,16 +231,7 @@ def _memory(evidence: Evidence) -> Finding:
         return _without_change(evidence, name, {})
     if not reference.has_memory:
         return Finding(name, "refuted", ("the change is there, and the model has no memory",), {})
-    left = evidence.remaining(
-        evidence.where(
-            lambda one: (
-                one.gates_shut
-                and one.sinks == 0
-                and one.start_position == 0
-                and one.regime == evidence.regime
-            )
-        )
-    )
+    left = evidence.remaining(_changed(evidence, gates=True))
     effects = {"left_with_gates_shut": left}
     if not left.known:
         return Finding(name, "undecided", ("no run with the gates shut to compare",), effects)
