@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 import soundfile
+from jsonargparse import ArgumentParser
 from splits import SPLITS
 from timeline import plan
 from tqdm import tqdm
@@ -211,11 +212,9 @@ def main(
     )
 
 
-if __name__ == "__main__":
-    parser = program_parser(__doc__)
+def add_set(parser: ArgumentParser) -> None:
+    """Which conversations, and by how many processes; make_text has the same flags."""
     add: Any = parser.add_argument
-    add("out", type=Path, help="Folder to write.")
-    add("--hours", type=float, required=True, help="Hours of audio.")
     add("--split", choices=SPLITS, default="train", help="Which set of splits.py.")
     add("--seed", type=int, default=0, help="Seed of everything.")
     add(
@@ -226,9 +225,17 @@ if __name__ == "__main__":
         metavar=("SHORTEST", "LONGEST"),
         help="Length of a conversation.",
     )
-    add("--first", type=int, default=0, help="Number of the first conversation, to go on from.")
     add("--workers", type=int, default=os.cpu_count(), help="Processes.")
+
+
+if __name__ == "__main__":
+    parser = program_parser(__doc__)
+    add: Any = parser.add_argument
+    add("out", type=Path, help="Folder to write.")
+    add("--hours", type=float, required=True, help="Hours of audio.")
+    add("--first", type=int, default=0, help="Number of the first conversation, to go on from.")
     add("--format", choices=FORMATS, default="flac", help="Of the sound.")
+    add_set(parser)
     arguments = parse(parser, None)
     run_program(
         partial(

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_conversations import Recipe, recipes
+from make_conversations import Recipe, add_set, recipes
 from splits import SPLITS
 from timeline import SPEAKERS, plan
 from tqdm import tqdm
@@ -132,15 +132,5 @@ if __name__ == "__main__":
     add("manifest", type=Path, help="Spoken recordings, whose folder is written to.")
     add("--hours", type=float, required=True, help="Hours of text.")
     add_model(parser, required=True)
-    add("--split", choices=SPLITS, default="train", help="Which set of splits.py.")
-    add(
-        "--minutes",
-        type=float,
-        nargs=2,
-        default=[3.0, 15.0],
-        metavar=("SHORTEST", "LONGEST"),
-        help="Length of a conversation.",
-    )
-    add("--seed", type=int, default=0, help="Seed of everything.")
-    add("--workers", type=int, default=os.cpu_count(), help="Processes.")
+    add_set(parser)
     run_program(partial(main, **vars(parse(parser, None))))
