@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer, seed_everything
 
-from moshi_ttt.command_line import parse, program_parser
+from moshi_ttt.command_line import add_device, parse, program_parser
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.evaluation.folder import write_wav
@@ -40,11 +39,12 @@ from moshi_ttt.files import write_json
 from moshi_ttt.generation.users import silence_codes
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.weights import save_trained
-from moshi_ttt.rows import Rows
+from moshi_ttt.rows import GROUPS, Rows
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 from train.data import ConversationData
 from train.fit import multiply_fast
 from train.module import MoshiTTT
+from train.recipes import upon
 
 ANSWER_SEC = 5.0  # within which the value has to be said
 LEAD_SEC = 10.0  # of the recording, to be heard before an answer
@@ -69,7 +69,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             results[variant["name"]] = json.loads(record.read_text())
             continue
         seed_everything(variant.get("seed", 0), verbose=False)
-        chosen = _overlaid(options.model.as_dict(), variant.get("model", {}))
+        chosen = upon(options.model.as_dict(), variant.get("model", {}))
         model = _model(chosen)
         started_sec = time.monotonic()
         steps = variant.get("steps", 0)
@@ -100,7 +100,7 @@ def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) 
     """Fit for a number of optimizer steps; with 0, only build."""
     trainer = Trainer(
         max_steps=max(steps, 1),
-        accelerator="auto" if options.device is None else options.device,
+        accelerator=options.device,
         devices=1,
         precision=options.precision,
         gradient_clip_val=1.0,
@@ -121,15 +121,15 @@ def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) 
         trainer.datamodule = data  # type: ignore[attr-defined]
         model._trainer = trainer
         model.configure_model()
-    device = "cuda" if torch.cuda.is_available() and options.device is None else "cpu"
-    return model.to(device)
+    return model.to(options.device)
 
 
 @torch.no_grad()
 def _measured(model: MoshiTTT, recordings: list[EncodedRecording], minutes: int) -> dict[str, Any]:
     lm = model.lm.eval()
+    minute = model.source.clock.steps(60)
     with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type == "cuda"):
-        read = read_teacher_forced(lm, recordings, minutes * 750, 750)
+        read = read_teacher_forced(lm, recordings, minutes * minute, minute)
     gates = {
         index: float(layer.branch.gate.tanh().square().mean().sqrt())
         for index, layer in hybrid_layers(lm).items()
@@ -187,9 +187,9 @@ def _line(name: str, found: Mapping[str, Any]) -> str:
                 )
             )
             lines.append(f"  said, {memory:6} {group:13} {shares}")
-    for stream in ("text", "first_codebook", "other_codebooks"):
-        values = " ".join(f"{value:.3f}" for value in found["nll"][stream])
-        lines.append(f"  nll {stream:16} {values}")
+    for group in GROUPS:
+        values = " ".join(f"{value:.3f}" for value in found["nll"][group])
+        lines.append(f"  nll {group:16} {values}")
     lines.append("  gates " + " ".join(f"{gate:.2f}" for gate in found["gates"].values()))
     return "\n".join(lines)
 
@@ -200,15 +200,6 @@ def _model(settings: dict[str, Any]) -> MoshiTTT:
     parser.add_class_arguments(MoshiTTT, "model")
     model: MoshiTTT = parser.instantiate(parser.parse_object({"model": settings})).model
     return model
-
-
-def _overlaid(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with what `change` names in its place, at any depth."""
-    merged = deepcopy(base)
-    for key, value in change.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        merged[key] = _overlaid(merged[key], value) if nested else value
-    return merged
 
 
 def _variants(study: Path, only: list[str] | None) -> list[dict[str, Any]]:
@@ -233,7 +224,7 @@ def _parser() -> ArgumentParser:
     add(
         "--precision", type=str, default="bf16-mixed", help="Of the training, as Lightning says it."
     )
-    add("--device", type=str | None, help="cpu or cuda; by default a GPU if there is one.")
+    add_device(parser)
     parser.add_class_arguments(MoshiTTT, "model")
     parser.add_class_arguments(ConversationData, "data", skip={"source"})
     return parser

@@ -30,16 +30,16 @@ def load_recipe(text: str, path: Any = "") -> Any:
     for folder in (Path(str(path)).absolute().parent, CONFIGS):
         file = folder / str(name)
         if file.is_file():
-            return _upon(load_recipe(file.read_text(encoding="utf-8"), file), value)
+            return upon(load_recipe(file.read_text(encoding="utf-8"), file), value)
     raise UserError(f"base={name} of {path or 'a config'} is neither beside it nor in {CONFIGS}")
 
 
-def _upon(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def upon(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`base`, with what `own` has instead; sections are merged, anything else is replaced."""
     merged = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _upon(merged[key], value) if both else value
+        merged[key] = upon(merged[key], value) if both else value
     return merged
 
 
