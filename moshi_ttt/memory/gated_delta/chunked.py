@@ -76,30 +76,45 @@ def chunked(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The read-out [B, H, T, dh] and the memory after the last step.
     """
+    steps = inputs[0].shape[2]
+    rest = steps % _CHUNK_STEPS  # a last, shorter chunk
     outputs = []
-    for q, k, v, beta, log_alpha in zip(
-        *(x.split(_CHUNK_STEPS, dim=2) for x in inputs), strict=True
-    ):
-        y, memory = _chunk((q, k, v, beta, log_alpha), memory)
-        outputs.append(y)
+    for first, last, size in ((0, steps - rest, _CHUNK_STEPS), (steps - rest, steps, rest)):
+        if first < last:
+            q, k, v, beta, log_alpha = (
+                x[:, :, first:last].unflatten(2, (-1, size)) for x in inputs
+            )
+            y, memory = _chunks((q, k, v, beta, log_alpha), memory)
+            outputs.append(y.flatten(2, 3))
     return torch.cat(outputs, dim=2), memory
 
 
-def _chunk(chunk: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
-    # with g_t = alpha_1 ... alpha_t, unrolling the rule over the chunk gives
+def _chunks(chunks: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule over chunks of one length, [B, H, N, n, ...]."""
+    # with g_t = alpha_1 ... alpha_t, unrolling the rule over a chunk gives
     #   S_t = g_t S_0 + sum over s <= t of (g_t / g_s) k_s w_s'
     #   w_t = beta_t (v_t - g_t S_0'k_t - sum over s < t of (g_t / g_s) (k_t.k_s) w_s)
-    # i.e. one unit triangular system for all w of the chunk
-    q, k, v, beta, log_alpha = chunk
-    log_decay = log_alpha.cumsum(2)  # log g, [B, H, n, 1]
+    # i.e. one unit triangular system for all w of the chunk, linear in S_0: w = u - r S_0. So that
+    # all but two products with S_0 is done for every chunk at once (the paper's section 3.3)
+    q, k, v, beta, log_alpha = chunks
+    log_decay = log_alpha.cumsum(-2)  # log g, [B, H, N, n, 1]
     # the differences above the diagonal are positive and could overflow: cut before exp too
-    between = (log_decay - log_decay.mT).tril().exp().tril()  # g_t / g_s, [B, H, n, n]
+    between = (log_decay - log_decay.mT).tril().exp().tril()  # g_t / g_s, [B, H, N, n, n]
     decay = log_decay.exp()
 
-    written = beta * (v - decay * (k @ memory))
-    if q.shape[2] > 1:
+    u, r = beta * v, beta * decay * k
+    if q.shape[-2] > 1:
         system = (beta * between * (k @ k.mT)).tril(-1)
-        written = torch.linalg.solve_triangular(system, written, upper=False, unitriangular=True)
-    y = decay * (q @ memory) + (between * (q @ k.mT)) @ written
-    to_end = between[:, :, -1].unsqueeze(-1)  # g_n / g_s, [B, H, n, 1]
-    return y, decay[:, :, -1:] * memory + (to_end * k).mT @ written
+        both = torch.cat([u, r], dim=-1)
+        both = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True)
+        u, r = both.chunk(2, dim=-1)
+    to_end = between[..., -1, :, None] * k  # g_n / g_s k_s
+    before, written = [], []
+    for u_i, r_i, to_end_i, decay_i in zip(
+        *(x.unbind(2) for x in (u, r, to_end, decay[..., -1:, :])), strict=True
+    ):
+        before.append(memory)
+        written.append(u_i - r_i @ memory)
+        memory = decay_i * memory + to_end_i.mT @ written[-1]
+    y = (decay * q) @ torch.stack(before, 2)
+    return y + (between * (q @ k.mT)) @ torch.stack(written, 2), memory
