@@ -68,6 +68,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         if record.is_file():
             results[variant["name"]] = json.loads(record.read_text())
             continue
+        print(f"{variant['name']} ...", flush=True)
         seed_everything(variant.get("seed", 0), verbose=False)
         chosen = upon(options.model.as_dict(), variant.get("model", {}))
         model = _model(chosen)
@@ -107,7 +108,6 @@ def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) 
         limit_val_batches=0,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         logger=False,
     )

@@ -1,6 +1,6 @@
 """The sets of generated conversations: what is said in them, and how soon facts are asked for.
 
-`train` is what a language model learns recall from, within clips of 15 s; `drill`, text alone, is
+`train` is what a language model learns recall from, within clips of 20 s; `drill`, text alone, is
 where it begins. `far` has long gaps, for a memory that is trained on long clips. Held-out
 recordings have topics, voices, keys, values and templates that none of these has: what is chosen is
 chosen on `heldout`, and `final` is for the numbers that are reported.
@@ -27,9 +27,9 @@ CALM = Pace(
 )
 DRILLS = (
     Pace({1: 0.4, 3: 0.4, 6: 0.2}, (0.5, 2.0)),
-    Pace({1: 0.2, 3: 0.2, 6: 0.3, 8: 0.3}, (1.0, 4.0)),
+    Pace({1: 0.2, 3: 0.2, 6: 0.2, 8: 0.2, 10: 0.2}, (1.0, 4.0)),
 )
-"""Planted, asked and answered within a 15 s clip, again and again: to learn recall from."""
+"""Planted, asked and answered within a 20 s clip, again and again: to learn recall from."""
 DENSE = Pace({0.5: 0.5, 2: 0.5}, (0.0, 0.5))
 """Hardly anything else: half as many updates until recall sets in."""
 FAR = Pace(
