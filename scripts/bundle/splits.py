@@ -27,7 +27,7 @@ CALM = Pace(
 )
 DRILLS = (
     Pace({1: 0.4, 3: 0.4, 6: 0.2}, (0.5, 2.0)),
-    Pace({1: 0.2, 3: 0.2, 6: 0.2, 8: 0.2, 10: 0.2}, (1.0, 4.0)),
+    Pace({1: 0.1, 3: 0.15, 6: 0.2, 8: 0.25, 10: 0.3}, (1.0, 4.0)),
 )
 """Planted, asked and answered within a 20 s clip, again and again: to learn recall from."""
 DENSE = Pace({0.5: 0.5, 2: 0.5}, (0.0, 0.5))
