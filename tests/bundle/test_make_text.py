@@ -12,10 +12,8 @@ import pytest
 
 from moshi_ttt.data import read_recordings
 from moshi_ttt.errors import UserError
-from moshi_ttt.model.source import ASSETS, open_source
+from moshi_ttt.model.source import open_source
 from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture
@@ -32,11 +30,11 @@ def test_a_text_file_says_what_moshi_says_and_nothing_of_the_sound(
     script: Any, recipe: Any, tmp_path: Path
 ) -> None:
     source = open_source("tiny")
-    lines = [script.write_text(recipe, folder, source) for folder in (tmp_path, tmp_path)]
-    assert lines[0] == lines[1]
-    (tmp_path / "m.jsonl").write_text(json.dumps(lines[0]))
+    name, seconds = script.write_text(recipe, tmp_path, source)
+    assert script.write_text(recipe, tmp_path, source) == (name, seconds)
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": name, "duration": seconds}))
     (recording,) = read_recordings(source, tmp_path / "m.jsonl", tmp_path)
-    assert recording.steps == pytest.approx(lines[0]["duration"] * 12.5)
+    assert recording.steps == pytest.approx(seconds * 12.5)
     assert recording.codes[1:].eq(-1).all()
     text = recording.codes[0]
     words = text[(text != source.text_padding_id) & (text != source.end_of_text_padding_id)]
@@ -56,19 +54,14 @@ def test_a_text_file_says_what_moshi_says_and_nothing_of_the_sound(
     assert gradients["transformer.layers.0.self_attn.in_projs.0.weight"].abs().max() > 0
 
 
-def test_text_goes_beside_the_recordings_and_into_a_manifest_of_both(
-    script: Any, tmp_path: Path
-) -> None:
-    spoken = ASSETS / "conversations" / "train"
-    first = (spoken / "manifest.jsonl").read_text().splitlines()[0]
-    (tmp_path / "manifest.jsonl").write_text(first)
-    name = json.loads(first)["path"]
-    (tmp_path / name).write_bytes((spoken / name).read_bytes())
-    script.main(tmp_path / "manifest.jsonl", hours=0.01, model="tiny", seed=0, workers=1)
-    recordings = read_recordings(open_source("tiny"), tmp_path / "with_text.jsonl", tmp_path)
-    assert [bool(one.codes[1:].eq(-1).all()) for one in recordings] == [False, True]
+def test_a_set_of_text_has_a_manifest_like_one_of_speech(script: Any, tmp_path: Path) -> None:
+    minutes = (1.0, 1.2)
+    script.main(tmp_path, hours=0.03, model="tiny", minutes=minutes, workers=1)
+    recordings = read_recordings(open_source("tiny"), tmp_path / "manifest.jsonl", tmp_path)
+    assert len(recordings) == 2
+    assert all(one.codes[1:].eq(-1).all() for one in recordings)
     with pytest.raises(UserError, match="--hours 0"):
-        script.main(tmp_path / "manifest.jsonl", hours=0, model="tiny", seed=0, workers=1)
+        script.main(tmp_path, hours=0, model="tiny", workers=1)
 
 
 def test_text_of_far_conversations_asks_late_and_has_only_own_facts(
@@ -82,8 +75,8 @@ def test_text_of_far_conversations_asks_late_and_has_only_own_facts(
 
     monkeypatch.setattr(script, "plan", plan)
     recipe = next(script.recipes(0.01, "far", 0, (5.0, 5.0)))
-    line = script.write_text(recipe, tmp_path, open_source("tiny"))
-    assert line["path"] == "text-far-00000.npz"
+    name, _ = script.write_text(recipe, tmp_path, open_source("tiny"))
+    assert name == "text-far-00000.npz"
     (conversation,) = made
     assert {probe.fact.recall_class for probe in conversation.probes} == {"own"}
     assert np.median([probe.drawn_gap_sec for probe in conversation.probes]) >= 20

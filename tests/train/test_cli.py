@@ -121,7 +121,7 @@ def test_the_recipe_of_the_tiny_base_trains_all_of_moshi_and_adds_nothing() -> N
         "--trainer.precision=32-true",
     )
     assert cli.model.config.train == "base"
-    assert cli.datamodule.duration_sec == 15
+    assert cli.datamodule.duration_sec == 20
     assert cli.datamodule.source == "tiny"
 
 
