@@ -37,6 +37,8 @@ def main(args: list[str] | None = None) -> None:
             f"{', '.join(missing) or 'no variant'}: {folders} have {', '.join(shown) or 'none'}"
         )
     variants = [shown[name] for name in names]
+    if not any(variant.records[0]["recall"] for variant in variants):
+        raise UserError(f"{', '.join(names)}: read without probes, so there is no recall to draw")
     print(study_table(variants), end="")
     write_bytes(options.out, png(study_figure(variants)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -74,7 +75,7 @@ class Variant:
         return [recall[group] for recall in recalls if group in recall]
 
     def mean(self, memory: str, group: str) -> Bins | None:
-        """Mean over seeds of what `seeds` gives; None if nothing was asked.
+        """Mean accuracy over seeds, and what was asked; None if nothing was.
 
         The interval is that of the mean for the words of one seed, because all seeds are asked for
         the same ones; `least` and `most` are the seeds' own.
@@ -88,15 +89,19 @@ class Variant:
         low, high = zip(*(wilson_interval(mean, words) for mean, words in pairs), strict=True)
         found = {"accuracy": means, "low": low, "high": high}
         found |= {"least": shares.min(axis=0).tolist(), "most": shares.max(axis=0).tolist()}
-        return {**seeds[0], **found}
+        return found | {name: seeds[0][name] for name in ("gap_sec", "words", "chance")}
 
 
 def variants_of(records: Sequence[Record]) -> list[Variant]:
     """Records in their order; those of `NAME`, `NAME_seed1`, ... are one variant.
 
     Raises:
-        UserError: seeds of a variant differ in something else.
+        UserError: seeds of a variant differ in something else, or one name has two records.
     """
+    names = Counter(record["variant"]["name"] for record in records)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise UserError(f"{', '.join(twice)}: in more than one of these folders; give one of them")
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(SEED.sub("", record["variant"]["name"]), []).append(record)

@@ -90,6 +90,11 @@ def test_seeds_that_differ_in_more_are_refused(changes: dict[str, Any]) -> None:
         variants_of([first, {**second, **changes}])
 
 
+def test_one_name_in_two_folders_is_no_second_seed() -> None:
+    with pytest.raises(UserError, match="base: in more than one of these folders"):
+        variants_of([record("base"), record("other"), record("base")])
+
+
 def test_the_tables_hold_what_was_measured() -> None:
     table = study_table(variants_of([record("base"), *seeds(0.9, 0.8), record("once", 0.5)]))
     (trained,) = rows(table, "memory", "2")

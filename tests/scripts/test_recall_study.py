@@ -144,6 +144,11 @@ def test_variants_are_drawn_from_what_was_measured(
     with pytest.raises(UserError, match="no variant"):
         FIGURE.main([str(tmp_path)])
     old = record(folder, "base")
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    (silent / "base.json").write_text(json.dumps(old | {"recall": {}}))
+    with pytest.raises(UserError, match="base: read without probes"):
+        FIGURE.main([str(silent)])
     del old["branch_ratios"]
     (tmp_path / "base.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"base\.json lacks branch_ratios.*start the study again"):
