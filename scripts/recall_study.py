@@ -4,9 +4,11 @@
         --data.manifest build/far/with_text.jsonl --data.val_manifest build/heldout/manifest.jsonl
 
 A study is a YAML file of variants: each has a name, the optimizer steps it trains for (0: none) and
-what it changes of `model`. All of them see the same clips in the same order. After each one its
+what it changes of `model`. All of one `seed` see the same clips in the same order. After each its
 recall is measured with the memory kept, taken away before each question, and exchanged, and its
-loss minute by minute; `OUT/NAME.json` holds the numbers, `OUT/NAME.safetensors` the weights.
+loss minute by minute; `OUT/NAME.json` holds the numbers, `OUT/NAME.safetensors` the weights,
+`OUT/recall.png` and `OUT/recall.md` show all of them beside one another, where `NAME_seed1` is
+another seed of `NAME` (scripts/recall_figure.py draws a choice).
 Finished variants are kept: started again, only what is missing runs. With `--free_answers N`
 up to N questions are also answered freely: `OUT/NAME_answers/` holds what was said, and ten answers
 to listen to.
@@ -14,9 +16,8 @@ to listen to.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from moshi_ttt.command_line import add_device, parse, program_parser
 from moshi_ttt.data import EncodedRecording
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, check_bounds, run_program
 from moshi_ttt.evaluation.folder import write_wav
 from moshi_ttt.evaluation.free_answers import (
     answer_sound,
@@ -35,10 +36,14 @@ from moshi_ttt.evaluation.free_answers import (
     choose_questions,
     free_answers,
 )
-from moshi_ttt.files import write_json
+from moshi_ttt.files import write_bytes, write_json
 from moshi_ttt.generation.users import silence_codes
 from moshi_ttt.model.hybrid import hybrid_layers
+from moshi_ttt.model.source import open_source
 from moshi_ttt.model.weights import save_trained
+from moshi_ttt.report import png
+from moshi_ttt.report.study import Record, read_record, study_figure, variants_of
+from moshi_ttt.report.study_table import study_table
 from moshi_ttt.rows import GROUPS, Rows
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 from train.data import ConversationData
@@ -51,50 +56,86 @@ LEAD_SEC = 10.0  # of the recording, to be heard before an answer
 HEARD_ANSWERS = 10
 
 
-def main(args: list[str] | None = None) -> dict[str, Any]:
+def main(args: list[str] | None = None) -> dict[str, Record]:
     """Run what is missing of a study.
 
     Returns:
-        Results by variant.
+        What there is of its variants, by name.
     """
-    parser = _parser()
-    options = parse(parser, args)
-    out = Path(options.out)
-    variants = _variants(Path(options.study), options.only)
+    options = parse(_parser(), args)
+    out, study = Path(options.out), Path(options.study)
+    variants = _variants(study)
+    chosen = _chosen(variants, options.only, study)
+    finished = _records(out, variants)
     data = ConversationData(**vars(options.data), source=options.model.source)
-    results: dict[str, Any] = {}
-    for variant in variants:
-        record = out / f"{variant['name']}.json"
-        if record.is_file():
-            results[variant["name"]] = json.loads(record.read_text())
-            continue
-        print(f"{variant['name']} ...", flush=True)
-        seed_everything(variant.get("seed", 0), verbose=False)
-        chosen = upon(options.model.as_dict(), variant.get("model", {}))
-        model = _model(chosen)
-        started_sec = time.monotonic()
-        steps = variant.get("steps", 0)
-        model = _trained(model, data, steps, options)
-        trained_sec = time.monotonic() - started_sec
-        results[variant["name"]] = found = {
-            "variant": variant,
-            "trained_sec": trained_sec,
-            **_measured(model, data.val_recordings(), options.minutes),
-        }
-        if options.free_answers:
-            folder = out / f"{variant['name']}_answers"
-            found["free_answers"] = _answered(
-                model, data.val_recordings(), options.free_answers, folder
-            )
-        if steps:
-            path = record.with_suffix(".safetensors")
-            weights = model.trained_weights()
-            save_trained(path, weights, model.config, data.clip_steps, model.source)
-        write_json(record, found)
-        print(_line(variant["name"], found), flush=True)
-        del model
-        torch.cuda.empty_cache()
-    return results
+    data.prepare_data()
+    data.setup("fit")
+    _check_minutes(options, data.val_recordings())
+    for variant in chosen:
+        name = variant["name"]
+        if name not in finished:
+            print(f"{name} ...", flush=True)
+            found = _run(variant, data, options)
+            write_json(out / f"{name}.json", found)
+            print(_line(name, found), flush=True)
+    # once more: another process may have run others of them
+    records = _records(out, variants)
+    shown = variants_of([*records.values()])
+    write_bytes(out / "recall.md", study_table(shown).encode())
+    if any(record["recall"] for record in records.values()):
+        write_bytes(out / "recall.png", png(study_figure(shown)))
+    return records
+
+
+def _records(out: Path, variants: Sequence[Mapping[str, Any]]) -> dict[str, Record]:
+    """What there is of each variant that is finished, by name."""
+    paths = {variant["name"]: out / f"{variant['name']}.json" for variant in variants}
+    return {name: read_record(path) for name, path in paths.items() if path.is_file()}
+
+
+def _check_minutes(options: Any, recordings: Sequence[EncodedRecording]) -> None:
+    """Say whose loss is measured minute by minute, before anything is trained."""
+    check_bounds("--minutes", options.minutes, least=1)
+    minute = open_source(options.model.source).clock.steps(60)
+    reached = [one.steps // minute for one in recordings]
+    count = sum(minutes >= options.minutes for minutes in reached)
+    if not count:
+        raise UserError(
+            f"--minutes={options.minutes}: none of {len(reached)} held-out recordings lasts that "
+            f"long; the longest has {max(reached)} whole minutes. Use less, or longer recordings"
+        )
+    print(
+        f"loss by minute: of the {count} of {len(reached)} held-out recordings that last "
+        f"{options.minutes} minutes"
+    )
+
+
+def _run(variant: Mapping[str, Any], data: ConversationData, options: Any) -> dict[str, Any]:
+    """Train and measure one variant, and keep its weights.
+
+    Returns:
+        Its record.
+    """
+    out, steps, seed = Path(options.out), variant.get("steps", 0), variant.get("seed", 0)
+    seed_everything(seed, verbose=False)
+    # a memory that starts from attention draws nothing at random: the clips must differ too
+    data.seed = options.data.seed + seed
+    model = _model(upon(options.model.as_dict(), variant.get("model", {})))
+    started_sec = time.monotonic()
+    model = _trained(model, data, steps, options)
+    trained_sec = time.monotonic() - started_sec
+    recordings = data.val_recordings()
+    measured = _measured(model, recordings, options.minutes)
+    found = {"variant": variant, "trained_sec": trained_sec, **measured}
+    if options.free_answers:
+        folder = out / f"{variant['name']}_answers"
+        found["free_answers"] = _answered(model, recordings, options.free_answers, folder)
+    if steps:
+        path = out / f"{variant['name']}.safetensors"
+        save_trained(path, model.trained_weights(), model.config, data.clip_steps, model.source)
+    del model
+    torch.cuda.empty_cache()
+    return found
 
 
 def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) -> MoshiTTT:
@@ -115,8 +156,6 @@ def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) 
     if steps:
         trainer.fit(model, data)
     else:
-        data.prepare_data()
-        data.setup("fit")
         model.check()
         trainer.datamodule = data  # type: ignore[attr-defined]
         model._trainer = trainer
@@ -126,8 +165,8 @@ def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) 
 
 @torch.no_grad()
 def _measured(model: MoshiTTT, recordings: list[EncodedRecording], minutes: int) -> dict[str, Any]:
-    lm = model.lm.eval()
-    minute = model.source.clock.steps(60)
+    lm, clock = model.lm.eval(), model.source.clock
+    minute = clock.steps(60)
     with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type == "cuda"):
         read = read_teacher_forced(lm, recordings, minutes * minute, minute)
     gates = {
@@ -135,7 +174,15 @@ def _measured(model: MoshiTTT, recordings: list[EncodedRecording], minutes: int)
         for index, layer in hybrid_layers(lm).items()
     }
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"recall": read.recall or {}, "nll": read.nll, "gates": gates, "parameters": trained}
+    return {
+        "context_steps": lm.context,
+        "context_sec": None if lm.context is None else clock.seconds(lm.context),
+        "parameters": trained,
+        "recall": read.recall or {},
+        "nll": read.nll,
+        "gates": gates,
+        "branch_ratios": read.branch_ratios,
+    }
 
 
 def _answered(
@@ -191,6 +238,8 @@ def _line(name: str, found: Mapping[str, Any]) -> str:
         values = " ".join(f"{value:.3f}" for value in found["nll"][group])
         lines.append(f"  nll {group:16} {values}")
     lines.append("  gates " + " ".join(f"{gate:.2f}" for gate in found["gates"].values()))
+    ratios = [f"{one['median']:.2f}/{one['p99']:.2f}" for one in found["branch_ratios"].values()]
+    lines.append("  branch ratios (median/p99) " + " ".join(ratios))
     return "\n".join(lines)
 
 
@@ -202,10 +251,16 @@ def _model(settings: dict[str, Any]) -> MoshiTTT:
     return model
 
 
-def _variants(study: Path, only: list[str] | None) -> list[dict[str, Any]]:
+def _variants(study: Path) -> list[dict[str, Any]]:
     if not study.is_file():
         raise UserError(f"--study {study} does not exist; give a YAML file such as configs/study/*")
     variants: list[dict[str, Any]] = yaml.safe_load(study.read_text())["variants"]
+    return variants
+
+
+def _chosen(
+    variants: Sequence[dict[str, Any]], only: Sequence[str] | None, study: Path
+) -> list[dict[str, Any]]:
     names = [variant["name"] for variant in variants]
     missing = set(only or []) - set(names)
     if missing:
@@ -217,10 +272,15 @@ def _parser() -> ArgumentParser:
     parser = program_parser(__doc__)
     add: Any = parser.add_argument
     add("--study", type=str, required=True, help="YAML file of variants.")
-    add("--only", type=list[str] | None, help="Names of the variants to run.")
+    add("--only", type=str, nargs="+", help="Names of the variants to run.")
     add("--out", type=str, default="runs/recall_study", help="Folder to write.")
     add("--free_answers", type=int, default=0, help="Questions to be answered freely.")
-    add("--minutes", type=int, default=5, help="Minutes of loss to measure.")
+    add(
+        "--minutes",
+        type=int,
+        default=5,
+        help="Minutes of loss to measure, of the held-out recordings that last so long.",
+    )
     add(
         "--precision", type=str, default="bf16-mixed", help="Of the training, as Lightning says it."
     )

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
+from moshi_ttt.rows import GROUPS
+
 SILENT_RMS = 10 ** (-50 / 20)  # -50 dB below full scale
 CLIPPED = 0.999  # of full scale; decoded audio is cut off at 1
 FRAME_SEC = 0.02  # of the silence share
@@ -212,12 +214,10 @@ def nll_measures(nll: Mapping[str, Any], first: int, stop: int) -> dict[str, flo
     inside = np.minimum(starts + length, stop) - np.maximum(starts, first)
     chosen = inside * 2 >= min(length, stop - first)
     measures = {}
-    for name, values in nll.items():
-        if name in ("start_step", "window_steps"):
-            continue
-        kept = np.array(values, dtype=float)[chosen]
+    for group in (group for group in GROUPS if group in nll):
+        kept = np.array(nll[group], dtype=float)[chosen]
         kept = kept[np.isfinite(kept)]
-        measures[f"nll_{name}"] = float(kept.mean()) if kept.size else NAN
+        measures[f"nll_{group}"] = float(kept.mean()) if kept.size else NAN
     return measures
 
 

@@ -2,7 +2,7 @@
 
     traces.npz                  every field of the `Trace`
     events.jsonl                rings, critical positions and jumps, one event a line
-    nll.json                    teacher-forced loss by position, what `PositionNLL.record` gives
+    nll.json                    teacher-forced loss by position, what `read_teacher_forced` gives
     quality.json                text and sound around the positions, what `listening.listen` gives
     probes.json                 recall of planted facts by memory and group, what `recall_record`
                                 gives of each, if the recordings held any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ Bins = Mapping[str, Sequence[float]]
 """One group of one memory: `moshi_ttt.teacher_forcing.recall.recall_record` says what is in it."""
 
 CLASSES = ("own", "heard")
+LABELLED_TOP = 1.32  # room for the labels of the positions above 100 %
 BANDED_CURVES = 4  # intervals of more runs than this hide each other
 WITHOUT = {"reset": "memory reset", "other": "memory exchanged"}
 DASHES: dict[str, Any] = {"reset": "--", "other": "-."}
@@ -38,7 +40,9 @@ GROUP_NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Curve:
+class Curve:
+    """One line of a panel."""
+
     label: str
     bins: Bins
     color: str
@@ -63,10 +67,10 @@ def recall_figure(recalls: Recalls, positions_sec: Mapping[str, float]) -> Figur
     groups = shown_groups(recalls["kept"])
     colors = dict(zip(groups, COLORS, strict=False))
     curves = [
-        _Curve(GROUP_NAMES[group], recalls["kept"][group], color, KEPT_STYLE, banded=True)
+        Curve(GROUP_NAMES[group], recalls["kept"][group], color, KEPT_STYLE, banded=True)
         for group, color in colors.items()
     ] + [
-        _Curve(
+        Curve(
             f"{GROUP_NAMES[group]}, {WITHOUT[memory]}",
             recalls[memory][group],
             color,
@@ -78,11 +82,11 @@ def recall_figure(recalls: Recalls, positions_sec: Mapping[str, float]) -> Figur
     ]
     figure = Figure(figsize=(10, 6.6))
     accuracy, nll = figure.subplots(2, 1, sharex=True, height_ratios=(1.8, 1))
-    _accuracy_panel(accuracy, curves)
+    accuracy_panel(accuracy, curves)
     _nll_panel(nll, curves)
-    _gap_axis(nll, curves, {GROUP_NAMES[group]: recalls["kept"][group] for group in groups})
+    gap_axis(nll, curves, {GROUP_NAMES[group]: recalls["kept"][group] for group in groups})
     for axes in (accuracy, nll):
-        _mark(axes, [positions_sec], [MARK_COLOR], labels=axes is accuracy)
+        mark_gaps(axes, [positions_sec], [MARK_COLOR], labels=axes is accuracy)
     accuracy.set_title("Recall of planted facts on held-out recordings, teacher-forced")
     if len(curves) > 1:
         legend_below(figure, accuracy)
@@ -106,31 +110,26 @@ def recall_overlay_figure(
     panels = figure.subplots(
         len(groups) + 1, 1, sharex=True, height_ratios=[1.6] * len(groups) + [1]
     )
-    everything = []
+    everything: dict[str, list[Curve]] = {}
     for axes, group in zip(panels, groups, strict=False):
         curves = [
-            _Curve(label, one["kept"][group], color, KEPT_STYLE, len(runs) <= BANDED_CURVES)
+            Curve(label, one["kept"][group], color, KEPT_STYLE, len(runs) <= BANDED_CURVES)
             for color, (label, one) in zip(colors, runs.items(), strict=True)
             if group in one["kept"]
         ]
-        everything.append(curves)
-        _accuracy_panel(axes, curves)
+        everything[group] = curves
+        accuracy_panel(axes, curves)
         axes.set_ylabel(f"{GROUP_NAMES[group]}: answer words right")
-    _nll_panel(panels[-1], everything[0])
+    _nll_panel(panels[-1], everything[groups[0]])
     panels[-1].set_ylabel(f"{GROUP_NAMES[groups[0]]}: NLL\n(nats a token)")
-    counts = {
-        GROUP_NAMES[group]: curves[0].bins
-        for group, curves in zip(groups, everything, strict=True)
-        if all(_words(one.bins) == _words(curves[0].bins) for one in curves)
-    }
-    _gap_axis(panels[-1], [one for curves in everything for one in curves], counts)
+    gap_axis(panels[-1], [*chain(*everything.values())], shared_words(everything))
     for axes in panels:
-        _mark(axes, positions_sec, colors, labels=axes is panels[0])
+        mark_gaps(axes, positions_sec, colors, labels=axes is panels[0])
     panels[0].set_title("Recall of planted facts, memories kept, compared")
     if len(runs) > 1:
         # not every run has every class
-        handles = {one.label: one for curves in everything for one in curves}
-        for label in handles.keys() - {one.label for one in everything[0]}:
+        handles = {one.label: one for one in chain(*everything.values())}
+        for label in handles.keys() - {one.label for one in everything[groups[0]]}:
             panels[0].plot([], [], color=handles[label].color, label=label, **KEPT_STYLE)
         legend_below(figure, panels[0])
     return figure
@@ -141,11 +140,21 @@ def shown_groups(groups: Mapping[str, Any]) -> list[str]:
     return [group for group in CLASSES if group in groups] or list(groups)
 
 
+def shared_words(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Bins]:
+    """Bins by name of the group, of the groups whose curves were all asked for the same words."""
+    return {
+        GROUP_NAMES[group]: of_group[0].bins
+        for group, of_group in curves.items()
+        if all(_words(one.bins) == _words(of_group[0].bins) for one in of_group)
+    }
+
+
 def _words(bins: Bins) -> dict[float, float]:
     return dict(zip(bins["gap_sec"], bins["words"], strict=True))
 
 
-def _accuracy_panel(axes: Axes, curves: Sequence[_Curve]) -> None:
+def accuracy_panel(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Shares of answer words that are right, their intervals where asked for, and chance."""
     for one in curves:
         gaps = one.bins["gap_sec"]
         axes.plot(gaps, one.bins["accuracy"], color=one.color, label=one.label, **one.style)
@@ -161,13 +170,13 @@ def _accuracy_panel(axes: Axes, curves: Sequence[_Curve]) -> None:
     axes.annotate(
         "chance", (gaps[-1], chance[-1]), xytext=(8, -3), textcoords="offset points", fontsize=8
     )
-    axes.set_ylim(0, 1.32)  # room for the labels of the positions
+    axes.set_ylim(0, LABELLED_TOP)
     axes.set_yticks(np.linspace(0, 1, 5))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("answer words right")
 
 
-def _nll_panel(axes: Axes, curves: Sequence[_Curve]) -> None:
+def _nll_panel(axes: Axes, curves: Sequence[Curve]) -> None:
     for one in curves:
         axes.plot(one.bins["gap_sec"], one.bins["nll"], color=one.color, **one.style)
     axes.set_ylabel("NLL of the answers\n(nats a token)")
@@ -175,7 +184,7 @@ def _nll_panel(axes: Axes, curves: Sequence[_Curve]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _gap_axis(axes: Axes, curves: Sequence[_Curve], counts: Mapping[str, Bins]) -> None:
+def gap_axis(axes: Axes, curves: Sequence[Curve], counts: Mapping[str, Bins]) -> None:
     """Logarithmic, a tick a bin, and below it the number of words of each of `counts`."""
     gaps = sorted({gap for one in curves for gap in one.bins["gap_sec"]})
     axes.set_xscale("log")
@@ -194,19 +203,20 @@ def _gap_axis(axes: Axes, curves: Sequence[_Curve], counts: Mapping[str, Bins]) 
     axes.set_xlabel(note)
 
 
-def _mark(
+def mark_gaps(
     axes: Axes,
     positions_sec: Sequence[Mapping[str, float]],
     colors: Sequence[str],
     *,
     labels: bool,
 ) -> None:
-    """A line at each position, grey where all runs share it, else in the run's colour."""
+    """A line at each position, in the colour of its run if it is one run's among several."""
     names: dict[tuple[float, str], list[str]] = {}
     for own, color in zip(positions_sec, colors, strict=True):
         for name, seconds in own.items():
-            shared = all(other.get(name) == seconds for other in positions_sec)
-            group = names.setdefault((seconds, MARK_COLOR if shared else color), [])
+            runs = sum(other.get(name) == seconds for other in positions_sec)
+            single = runs == 1 < len(positions_sec)
+            group = names.setdefault((seconds, color if single else MARK_COLOR), [])
             group += [name] if name not in group else []
     low, high = axes.get_xlim()
     for (seconds, color), group in names.items():

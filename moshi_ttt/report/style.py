@@ -252,10 +252,10 @@ def title(axes: Axes, text: str, trace: Trace, *, note_axes: Axes | None = None)
     axes.set_title(text)
     count = trace.input_norm.shape[0]
     of = f"median of {count} streams, " if count > 1 else ""
-    (note_axes or axes).set_title(
-        f"{trace.label}, {of}rolling median of {SMOOTH_STEPS} steps",
-        loc="right",
-        fontsize=8.5,
-        fontweight="normal",
-        color="#666666",
-    )
+    note = f"{trace.label}, {of}rolling median of {SMOOTH_STEPS} steps"
+    side_note(note_axes or axes, note)
+
+
+def side_note(axes: Axes, text: str) -> None:
+    """Beside the title, on the right, in a lighter hand."""
+    axes.set_title(text, loc="right", fontsize=8.5, fontweight="normal", color="#666666")

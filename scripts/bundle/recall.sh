@@ -61,7 +61,8 @@ base)
 study)
     study=$2
     shift 2
-    $PYTHON scripts/recall_study.py --study "$study" --out "$BUILD/study" --model.source "$BUILD/tiny" \
+    $PYTHON scripts/recall_study.py --study "$study" \
+        --out "$BUILD/study/$(basename "$study" .yaml)" --model.source "$BUILD/tiny" \
         --model.train memory --model.context_steps 188 \
         --model.memory.rule gated_delta --model.memory.layers every:1 --model.memory.projections attention \
         --model.memory.gate_init 0.1 --model.memory.write_gate 0.1 \

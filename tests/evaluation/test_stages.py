@@ -85,7 +85,7 @@ def talked(
 def judged(trace: Trace, recall: Recalls | None = None) -> Judgement:
     return judge(
         trace,
-        TeacherForced(NLL, recall),
+        TeacherForced(NLL, recall, {}),
         steps_per_sec=80.0,
         window_steps=60,
         starts_word=np.arange(1000) % 2 == 0,

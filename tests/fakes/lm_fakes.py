@@ -23,10 +23,11 @@ def random_codes(steps: int = STEPS) -> Tensor:
 
 
 def hybrid(make_lm: MakeLM, **config: Any) -> LMModel:
-    """A model with memory in layers 0 and 2 whose gates are open."""
+    """A model with memory in layers 0 and 2, unless `config` names others; its gates are open."""
     lm = make_lm()
     torch.manual_seed(3)
-    add_memory(lm, MemoryConfig(layers=[0, 2], heads=2, mini_batch_steps=5, **config))
+    defaults: dict[str, Any] = {"layers": [0, 2], "heads": 2, "mini_batch_steps": 5}
+    add_memory(lm, MemoryConfig(**defaults | config))
     for layer in hybrid_layers(lm).values():
         torch.nn.init.normal_(layer.branch.gate, std=0.5)
     return lm.eval()

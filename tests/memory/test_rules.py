@@ -64,30 +64,47 @@ def test_output_and_state_match_the_reference(name: str) -> None:
     assert_same_state(state, expected_state, 1e-10)
 
 
-def test_gated_delta_matches_the_reference_across_its_chunks() -> None:
-    rule = make_rule("gated_delta")
-    x = make_input(batch_size=1, steps=150)
-    expected, _ = run_reference(rule, x, rule.init_state(1))
-    assert_same(rule(x)[0], expected, 1e-10)
-
-
-@every_rule
-def test_gradients_match_the_reference(name: str) -> None:
-    rule = make_rule(name)
-    x = make_input(steps=13).requires_grad_()
+def assert_same_as_the_reference(rule: MemoryRule, steps: int) -> None:
+    """Outputs, state and gradients of everything, from a state in mid-flight, in fp64."""
+    x = make_input(steps=steps).requires_grad_()
     state = state_after(rule, 7)
     initial = [tensor for tensor in state.values() if tensor.requires_grad]
     wanted = [x, *rule.parameters(), *initial]
-    weights = torch.randn(2, 13, rule.width, dtype=torch.float64)
+    weights = torch.randn(2, steps, rule.width, dtype=torch.float64)
 
     def gradients(y: Tensor, after: MemoryState) -> list[Tensor]:
         floating = [tensor for tensor in after.values() if tensor.is_floating_point()]
         objective = (y * weights).sum() + sum(tensor.square().sum() for tensor in floating)
         return torch.autograd.grad(objective, wanted, materialize_grads=True)
 
-    got, expected = gradients(*rule(x, state)), gradients(*run_reference(rule, x, state))
-    for a, b in zip(got, expected, strict=True):
-        assert_same(a, b, 1e-9)
+    (y, after), (expected, expected_after) = rule(x, state), run_reference(rule, x, state)
+    assert_same(y, expected, 1e-10)
+    assert_same_state(after, expected_after, 1e-10)
+    pairs = zip(gradients(y, after), gradients(expected, expected_after), strict=True)
+    for got, want in pairs:
+        assert_same(got, want, 1e-9)
+
+
+@every_rule
+def test_gradients_match_the_reference(name: str) -> None:
+    assert_same_as_the_reference(make_rule(name), 13)
+
+
+def fast_forgetting(dtype: torch.dtype) -> MemoryRule:
+    """A `gated_delta` that forgets from nothing to far beyond the clamp, where exp overflows."""
+    rule = make_rule("gated_delta", dtype, forgetting_time_steps=(1.0, 1e4))
+    with torch.no_grad():
+        rule.forget.weight.mul_(200)
+    return rule
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["usual", "up to the clamp"])
+@pytest.mark.parametrize("steps", [1, 2, 63, 64, 65, 129, 150])
+def test_chunks_of_any_length_match_the_reference_with_their_gradients(
+    steps: int, fast: bool
+) -> None:
+    rule = fast_forgetting(torch.float64) if fast else make_rule("gated_delta")
+    assert_same_as_the_reference(rule, steps)
 
 
 @every_rule
@@ -258,10 +275,7 @@ def test_state_stays_bounded_over_half_an_hour(name: str, repeated: bool) -> Non
 def test_chunks_are_as_exact_as_steps_up_to_the_fastest_forgetting(
     dtype: torch.dtype, tolerance: float
 ) -> None:
-    rule = make_rule("gated_delta", dtype, forgetting_time_steps=(1.0, 1e4))
-    with torch.no_grad():
-        # from nothing to far beyond the clamp, where an exponent would overflow
-        rule.forget.weight.mul_(200)
+    rule = fast_forgetting(dtype)
     x = make_input(steps=150, dtype=dtype)
     whole, state = rule(x)
     pieces, after = [], None

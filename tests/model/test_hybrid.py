@@ -6,17 +6,20 @@ import copy
 
 import pytest
 import torch
-from hybrid_fakes import MakeLM, codes, logits, with_memory
+from hybrid_fakes import MakeLM, codes, logits, open_gates, with_memory
 from moshi.models.lm import LMGen, LMModel
 from torch import Tensor
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
-from moshi_ttt.memory.config import RULES
+from moshi_ttt.memory.config import PROJECTIONS, RULES
 from moshi_ttt.model.hybrid import add_memory, gates_forced_to_zero, hybrid_layers
 
 every_rule = pytest.mark.parametrize("rule", RULES)
-every_placement = pytest.mark.parametrize("placement", ["parallel", "post_attention"])
+every_branch = pytest.mark.parametrize(
+    ("projections", "placement"),
+    [(kind, "parallel") for kind in PROJECTIONS] + [("own", "post_attention")],
+)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -36,28 +39,30 @@ def generate(lm: LMModel, steps: int) -> tuple[Tensor, dict[int, Tensor]]:
 
 
 @every_rule
-@every_placement
+@every_branch
 @both_dtypes
 def test_shut_gates_equal_moshi_bit_for_bit_in_training_forward(
-    make_lm: MakeLM, rule: str, placement: str, dtype: torch.dtype
+    make_lm: MakeLM, rule: str, projections: str, placement: str, dtype: torch.dtype
 ) -> None:
     vanilla = make_lm(dtype=dtype)
-    hybrid = with_memory(vanilla, rule=rule, placement=placement)
+    hybrid = with_memory(vanilla, rule=rule, projections=projections, placement=placement)
     expected, got = logits(vanilla, codes(2, 37)), logits(hybrid, codes(2, 37))
     assert got.dtype == dtype
     assert torch.equal(got, expected)
-    assert not torch.equal(logits(with_memory(vanilla, gate=0.5), codes(2, 37)), expected)
+    open_gates(hybrid, 0.5)
+    assert not torch.equal(logits(hybrid, codes(2, 37)), expected)
 
 
 @every_rule
-@every_placement
+@every_branch
 @both_dtypes
 def test_shut_gates_equal_moshi_bit_for_bit_in_generation(
-    make_lm: MakeLM, rule: str, placement: str, dtype: torch.dtype
+    make_lm: MakeLM, rule: str, projections: str, placement: str, dtype: torch.dtype
 ) -> None:
     vanilla = make_lm(dtype=dtype)
     expected, _ = generate(vanilla, 36)  # past two turns of the ring
-    got, updates = generate(with_memory(vanilla, rule=rule, placement=placement), 36)
+    hybrid = with_memory(vanilla, rule=rule, projections=projections, placement=placement)
+    got, updates = generate(hybrid, 36)
     assert torch.equal(got, expected)
     per_row = 36 if rule == "gated_delta" else 36 // 5
     assert {index: count.tolist() for index, count in updates.items()} == {

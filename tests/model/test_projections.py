@@ -106,18 +106,6 @@ def test_shared_projections_stream_as_they_read_in_parallel(make_lm: MakeLM, rul
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-9, atol=1e-9)
 
 
-@borrowed
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_shut_gates_equal_moshi_bit_for_bit(
-    make_lm: MakeLM, projections: str, dtype: torch.dtype
-) -> None:
-    vanilla = make_lm(dtype=dtype)
-    hybrid = with_memory(vanilla, projections=projections, gate_init=0.0)
-    assert torch.equal(logits(hybrid, random_codes(30)), logits(vanilla, random_codes(30)))
-    opened = with_memory(vanilla, projections=projections)
-    assert not torch.equal(logits(opened, random_codes(30)), logits(vanilla, random_codes(30)))
-
-
 def test_projections_copied_from_attention_begin_as_attentions(make_lm: MakeLM) -> None:
     lm = with_memory(make_lm(), projections="attention")
     for layer in hybrid_layers(lm).values():

@@ -69,6 +69,37 @@ def test_each_question_is_read_with_the_memory_named(make_lm: MakeLM, rule: str)
 
 
 @torch.no_grad()
+def test_the_other_memory_is_that_of_another_recording_at_the_end_of_what_was_read(
+    make_lm: MakeLM,
+) -> None:
+    settings = {"layers": "every:1", "rule": "gated_delta", "projections": "attention"}
+    lm = hybrid(make_lm, **settings, write_gate=0.3)
+    # each has a bin of its own; lengths differ, and so does how far each is read
+    recordings = [
+        recording(1, probe(30, 4.0, asked=22), steps=60),
+        recording(2, probe(40, 20.0, asked=30), steps=50),
+        recording(3, probe(20, 60.0, asked=12), steps=70),
+    ]
+    read = read_teacher_forced(lm, recordings, 25, 25).recall
+    assert read is not None
+    expected = []
+    for number, one in enumerate(recordings):
+        before = recordings[number - 1]
+        (theirs,) = before.probes
+        with memory_swapped(lm) as ends:
+            lm(before.codes[None, :, : max(25, theirs.answer_steps[-1].stop)])
+        memories = {index: end.last for index, end in ends.items() if end.last is not None}
+        (mine,) = one.probes
+        assert mine.asked_step is not None
+        with memory_swapped(lm, [mine.asked_step], memories):
+            expected.append(nll(lm, one, mine.answer_steps[0].start))
+    assert read["other"]["own"]["gap_sec"] == [4, 20, 60]
+    assert read["other"]["own"]["nll"] == pytest.approx(expected, rel=1e-4)
+    kept = read["kept"]["own"]["nll"]
+    assert all(abs(one - other) > 1e-3 for one, other in zip(kept, expected, strict=True))
+
+
+@torch.no_grad()
 def test_read_by_itself_the_memory_kept_gives_what_the_loss_saw(make_lm: MakeLM) -> None:
     lm = hybrid(make_lm)
     recordings = [recording(1, probe(30)), recording(2)]

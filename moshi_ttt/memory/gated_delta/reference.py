@@ -18,7 +18,8 @@ def gated_delta_row(rule: GatedDelta, x: Tensor, state: MemoryState) -> tuple[Te
         outputs.append([])
         for head in range(rule.heads):
             q, k, v, beta = projections(rule, x_t, head)
-            alpha = torch.exp(-torch.exp(rule.log_rate[head] + rule.forget.weight[head] @ x_t))
+            log_rate = rule.log_rate[head] + rule.forget.weight[head] @ x_t
+            alpha = torch.exp(-torch.exp(log_rate.clamp(max=0)))
             s = alpha * memories[head]
             memories[head] = s + beta * torch.outer(k, v - s.T @ k)
             outputs[-1].append(memories[head].T @ q)

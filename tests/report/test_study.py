@@ -1,0 +1,162 @@
+"""A study of recall as a figure and as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_trace import BINS
+
+from moshi_ttt.errors import UserError
+from moshi_ttt.report.figures import pixels
+from moshi_ttt.report.study import Record, Variant, study_figure, variants_of
+from moshi_ttt.report.study_table import study_table
+from moshi_ttt.teacher_forcing.recall import wilson_interval
+
+NEAR, FAR = [0.9, 0.6], [0.2, 0.0]  # of `BINS`: 4 and 20 s, 60 and 240 s
+
+
+def record(name: str, far: float | None = None, **changes: Any) -> Record:
+    """Results of a variant; with a memory, own facts beyond 30 s are right to the share `far`."""
+    shares = {"kept": BINS["accuracy"]}
+    if far is not None:
+        shares = {"kept": [*NEAR, far, far], "reset": BINS["accuracy"], "other": [*NEAR, 0.1, 0.1]}
+    recall = {
+        memory: {"own": BINS | {"accuracy": share}, "heard": BINS}
+        for memory, share in shares.items()
+    }
+    gates = {} if far is None else {"0": 0.4, "5": 0.9}
+    losses = {"text": [0.5, 0.6], "first_codebook": [1.7, 1.8], "other_codebooks": [2.3, None]}
+    return {
+        "variant": {"name": name, "steps": 0 if far is None else 1200},
+        "trained_sec": 300.0,
+        "parameters": 1_234_567,
+        "context_steps": 375,
+        "context_sec": 30.0,
+        "recall": recall,
+        "nll": {"window_steps": 750, "start_step": [0, 750], "recordings": [7, 7], **losses},
+        "gates": gates,
+        "branch_ratios": {
+            layer: {"median": gate / 2, "p95": 0.7, "p99": 0.8, "max": gate}
+            for layer, gate in gates.items()
+        },
+    } | changes
+
+
+def seeds(*far: float) -> list[Record]:
+    found = []
+    for seed, share in enumerate(far):
+        name = "memory" if seed == 0 else f"memory_seed{seed}"
+        variant = {"name": name, "steps": 1200, "seed": seed}
+        one = record(name, share, variant=variant, trained_sec=300.0 + 20 * seed)
+        found.append(one)
+    return found
+
+
+def rows(table: str, *first: str) -> list[list[str]]:
+    """Cells of the rows that begin with `first`."""
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return [row for row in cells if tuple(row[: len(first)]) == first]
+
+
+def test_seeds_are_one_variant_with_mean_and_range() -> None:
+    first, second, third = seeds(0.9, 0.8, 0.7)
+    base = record("base")
+    variants = variants_of([first, base, second, third])
+    assert variants == [Variant("memory", (first, second, third)), Variant("base", (base,))]
+    found = variants[0].mean("kept", "own")
+    assert found is not None
+    assert found["accuracy"] == pytest.approx([*NEAR, 0.8, 0.8])
+    assert found["least"] == pytest.approx([*NEAR, 0.7, 0.7])
+    assert found["most"] == pytest.approx([*NEAR, 0.9, 0.9])
+    # of the words of one seed: all are asked for the same
+    assert (found["low"][2], found["high"][2]) == pytest.approx(wilson_interval(0.8, 40))
+    assert variants[1].mean("reset", "own") is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variant": {"name": "memory_seed1", "seed": 1, "steps": 900}},
+        {"context_steps": 188},
+        {"recall": {"kept": {"own": BINS}}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_seeds_that_differ_in_more_are_refused(changes: dict[str, Any]) -> None:
+    first, second = seeds(0.9, 0.8)
+    with pytest.raises(UserError, match=r"memory_seed1 differs from memory in more than its seed"):
+        variants_of([first, {**second, **changes}])
+
+
+def test_one_name_in_two_folders_is_no_second_seed() -> None:
+    with pytest.raises(UserError, match="base: in more than one of these folders"):
+        variants_of([record("base"), record("other"), record("base")])
+
+
+def test_the_tables_hold_what_was_measured() -> None:
+    table = study_table(variants_of([record("base"), *seeds(0.9, 0.8), record("once", 0.5)]))
+    (trained,) = rows(table, "memory", "2")
+    assert trained[2:6] == ["1,234,567", "1200", "310 (300 to 320)", "0.40 to 0.90"]
+    # of the louder of two layers
+    assert trained[6] == "0.450 (0.450 to 0.450)"
+    assert trained[9] == "0.900 (0.900 to 0.900)"
+    assert rows(table, "base", "1") == [["base", "1", "0", "0", *["-"] * 6]]
+    own, heard = rows(table, "memory", "kept")
+    assert own[2:] == [
+        *("200", "90 (90 to 90)", "60 (60 to 60)", "85 (80 to 90)", "85 (80 to 90)"),
+        "85 (80 to 90)",
+    ]
+    # 8 of 50 words
+    assert heard[-1] == "16 (16 to 16)"
+    assert rows(table, "memory", "reset")[0][5:] == ["20 (20 to 20)", "0 (0 to 0)", "16 (16 to 16)"]
+    low, high = wilson_interval(0.5, 50)
+    assert rows(table, "once", "kept")[0][-1] == f"50 [{100 * low:.0f} to {100 * high:.0f}]"
+    assert len(rows(table, "base", "kept")) == 2
+    assert rows(table, "base", "reset") == []
+    assert table.count("gives 10\n") == 2
+    assert rows(table, "base", "text") == [["base", "text", "7", "0.500", "0.600"]]
+    assert rows(table, "base", "other codebooks")[0][-1] == "-"
+    assert rows(table, "memory", "text")[0][-1] == "0.600 (0.600 to 0.600)"
+
+
+def test_a_window_that_reaches_over_every_gap_leaves_nothing_beyond_it() -> None:
+    for seconds in (240.0, None):
+        table = study_table(variants_of([record("wide", context_sec=seconds)]))
+        assert rows(table, "wide", "kept")[0][-1] == "-"
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_figure_has_a_panel_a_class_and_dashes_for_the_memory_reset() -> None:
+    narrow = record("narrow", context_steps=188, context_sec=15.04)
+    figure = study_figure(variants_of([*seeds(0.9, 0.7), record("base"), narrow]))
+    assert pixels(figure).std() > 5
+    own, heard = figure.axes
+    lines = {str(line.get_label()): line for line in own.lines}
+    assert [name for name in lines if not name.startswith("_")] == [
+        *("memory", "memory, reset", "base", "narrow"),
+    ]
+    np.testing.assert_allclose(lines["memory"].get_ydata(), [*NEAR, 0.8, 0.8])
+    np.testing.assert_allclose(lines["memory, reset"].get_ydata(), [*NEAR, *FAR])
+    assert lines["memory, reset"].get_linestyle() == "--"
+    assert lines["memory, reset"].get_color() == lines["memory"].get_color()
+    # intervals and seeds of all four curves
+    assert len(own.collections) == 8
+    assert [text.get_text() for text in own.texts] == [
+        *("chance", "attention window\n30 s", "attention window\n15.04 s"),
+    ]
+    assert [own.texts[1].get_color(), own.texts[2].get_color()] == [
+        *("#4a4a4a", lines["narrow"].get_color()),
+    ]
+    assert "heard" in heard.get_ylabel()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 4
+    assert "bars: seeds" in own.get_title(loc="right")
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_variants_are_drawn_without_their_intervals() -> None:
+    figure = study_figure(variants_of([record(f"v{number}", 0.5) for number in range(9)]))
+    assert pixels(figure).std() > 5
+    assert figure.axes[0].get_title(loc="right") == "dashed: memory reset before each question"
