@@ -1,14 +1,16 @@
 """What makes a memory remember: variants trained on the same clips, measured on the same questions.
 
-    python scripts/recall_study.py --study configs/study/rules.yaml --model.source build/tiny \
-        --data.manifest build/far/with_text.jsonl --data.val_manifest build/heldout/manifest.jsonl
+    python scripts/recall_study.py --study configs/study/rules.yaml
+    python scripts/recall_study.py --study configs/study/rules.yaml --out runs/final \
+        --data.val_manifest build/final/manifest.jsonl
 
-A study is a YAML file of variants: each has a name, the optimizer steps it trains for (0: none) and
-what it changes of `model`. All of one `seed` see the same clips in the same order. After each its
-recall is measured with the memory kept, taken away before each question, and exchanged, and its
-loss minute by minute; `OUT/NAME.json` holds the numbers, `OUT/NAME.safetensors` the weights,
-`OUT/recall.png` and `OUT/recall.md` show all of them beside one another, where `NAME_seed1` is
-another seed of `NAME` (scripts/recall_figure.py draws a choice).
+A study is a YAML file: a recipe (`model` and `data`, usually those of its `base`) and variants.
+Each has a name, the optimizer steps it trains for (0: none) and what it changes of `model`. All of
+one `seed` see the same clips in the same order. After each its recall is measured with the memory
+kept, taken away before each question, and exchanged, and its loss minute by minute;
+`OUT/NAME.json` holds the numbers, `OUT/NAME.safetensors` the weights, `OUT/recall.png` and
+`OUT/recall.md` show all of them beside one another, where `NAME_seed1` is another seed of `NAME`
+(scripts/recall_figure.py draws a choice).
 Finished variants are kept: started again, only what is missing runs. With `--free_answers N`
 up to N questions are also answered freely: `OUT/NAME_answers/` holds what was said, and ten answers
 to listen to.
@@ -22,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer, seed_everything
 
@@ -49,7 +50,7 @@ from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 from train.data import ConversationData
 from train.fit import multiply_fast
 from train.module import MoshiTTT
-from train.recipes import upon
+from train.recipes import load_recipe, upon
 
 ANSWER_SEC = 5.0  # within which the value has to be said
 LEAD_SEC = 10.0  # of the recording, to be heard before an answer
@@ -62,9 +63,10 @@ def main(args: list[str] | None = None) -> dict[str, Record]:
     Returns:
         What there is of its variants, by name.
     """
-    options = parse(_parser(), args)
-    out, study = Path(options.out), Path(options.study)
-    variants = _variants(study)
+    study = Path(parse(_parser({}), args).study)
+    recipe = _recipe(study)
+    options = parse(_parser(recipe), args)
+    out, variants = Path(options.out), recipe["variants"]
     chosen = _chosen(variants, options.only, study)
     finished = _records(out, variants)
     data = ConversationData(**vars(options.data), source=options.model.source)
@@ -251,11 +253,12 @@ def _model(settings: dict[str, Any]) -> MoshiTTT:
     return model
 
 
-def _variants(study: Path) -> list[dict[str, Any]]:
+def _recipe(study: Path) -> dict[str, Any]:
+    """What the file and its base say."""
     if not study.is_file():
         raise UserError(f"--study {study} does not exist; give a YAML file such as configs/study/*")
-    variants: list[dict[str, Any]] = yaml.safe_load(study.read_text())["variants"]
-    return variants
+    recipe: dict[str, Any] = load_recipe(study.read_text(encoding="utf-8"), study)
+    return recipe
 
 
 def _chosen(
@@ -268,7 +271,7 @@ def _chosen(
     return [variant for variant in variants if not only or variant["name"] in only]
 
 
-def _parser() -> ArgumentParser:
+def _parser(recipe: Mapping[str, Any]) -> ArgumentParser:
     parser = program_parser(__doc__)
     add: Any = parser.add_argument
     add("--study", type=str, required=True, help="YAML file of variants.")
@@ -287,6 +290,7 @@ def _parser() -> ArgumentParser:
     add_device(parser)
     parser.add_class_arguments(MoshiTTT, "model")
     parser.add_class_arguments(ConversationData, "data", skip={"source"})
+    parser.set_defaults({key: recipe[key] for key in ("model", "data") if key in recipe})
     return parser
 
 

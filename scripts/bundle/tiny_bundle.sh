@@ -48,7 +48,7 @@ codec() {
     $PYTHON scripts/bundle/make_conversations.py "$BUILD/speech/train" --split train --hours "$CODEC_HOURS" \
         --minutes 4 10
     $PYTHON scripts/bundle/make_conversations.py "$BUILD/speech/heldout" --split heldout --seed 1 \
-        --hours "$HELDOUT_HOURS" --minutes 4 6
+        --hours "$HELDOUT_HOURS" --minutes 5 6
     RESUME=
     [ ! -f "$BUILD/tiny/last.ckpt" ] || RESUME=--resume
     $PYTHON scripts/bundle/train_codec.py "$BUILD/speech/train/manifest.jsonl" --out "$BUILD/tiny" \
@@ -70,9 +70,9 @@ text() { # far more words than anyone wants to synthesise: recall is learned fro
 speech() {
     say train train 0 "$HOURS" 4 10
     say far far 0 "$FAR_HOURS" 4 10
-    # 6 minutes at most: that is as far as a probe's gap and the evaluation go
-    say heldout heldout 1 "$HELDOUT_HOURS" 4 6
-    say final final 1 "$HELDOUT_HOURS" 4 6
+    # to choose by, and to report: 5 minutes of loss, and 6 are as far as a probe's gap and the evaluation go
+    say heldout heldout 1 "$HELDOUT_HOURS" 5 6
+    say final final 1 "$HELDOUT_HOURS" 5 6
     # new conversations to ship: those that the model knows by heart would teach a memory nothing
     say bundle far 2 "$BUNDLE_HOURS" 4 6
 }

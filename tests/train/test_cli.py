@@ -45,6 +45,7 @@ def test_shipped_overlays_are_all_tried() -> None:
         "moshiko.yaml",
         "moshi7b_random.yaml",
         "tiny_base.yaml",
+        "tiny_memory.yaml",
     }
 
 
@@ -110,18 +111,23 @@ def test_a_recipe_of_ones_own_builds_on_what_is_beside_it_or_shipped(
         resolved("deep/mine.yaml")
 
 
-def test_the_recipe_of_the_tiny_base_trains_all_of_moshi_and_adds_nothing() -> None:
-    # what it names is built by scripts/bundle/tiny_bundle.sh: stand in what was shipped of it
+@pytest.mark.parametrize(
+    ("recipe", "train", "clip_sec"), [("tiny_base", "base", 20), ("tiny_memory", "memory", 120)]
+)
+def test_the_recipes_of_the_bundle_train_moshi_alone_and_then_a_memory_alone(
+    recipe: str, train: str, clip_sec: float
+) -> None:
+    # what they name is built by scripts/bundle/tiny_bundle.sh: stand in what was shipped of it
     cli = parse(
-        "--config=tiny_base.yaml",
+        f"--config={recipe}.yaml",
         "--model.source=tiny",
         "--data.manifest=assets/conversations/train/manifest.jsonl",
         "--data.val_manifest=assets/conversations/heldout/manifest.jsonl",
         "--trainer.accelerator=cpu",
         "--trainer.precision=32-true",
     )
-    assert cli.model.config.train == "base"
-    assert cli.datamodule.duration_sec == 20
+    assert cli.model.config.train == train
+    assert cli.datamodule.duration_sec == clip_sec
     assert cli.datamodule.source == "tiny"
 
 
