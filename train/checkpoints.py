@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from moshi_ttt.errors import check_bounds
+from moshi_ttt.files import write_atomic
 from moshi_ttt.model.weights import save_trained
 from train.data import ConversationData
 from train.module import MoshiTTT
+from train.run_folder import LAST, PREVIOUS
+from train.stopping import Stopped
 
 
 class RunCheckpoints(Checkpoint):
@@ -24,9 +28,12 @@ class RunCheckpoints(Checkpoint):
     epoch, so that the last steps of a finished run would be lost, and the best only as a pickle of
     the whole checkpoint; for more than these two add one of those to `trainer.callbacks`.
 
+    `last.ckpt` is written before the validation of each epoch and after its evaluation, and where
+    a signal stops the run; the one before it is kept as `previous.ckpt`.
+
     Args:
-        every_n_steps: Also save `last.ckpt` every n optimizer steps; null saves it after each
-            epoch only.
+        every_n_steps: Also save `last.ckpt` every n optimizer steps; null saves it around the end
+            of each epoch only.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
@@ -37,6 +44,7 @@ class RunCheckpoints(Checkpoint):
         self.best_epoch = 0
         """The epoch, from 1, in which `best_loss` was reached."""
         self._saved_step = 0
+        self._validates_next = False
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, for the checkpoint."""
@@ -47,6 +55,37 @@ class RunCheckpoints(Checkpoint):
         self.best_loss = state_dict["best_loss"]
         self.best_epoch = state_dict["best_epoch"]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What a run resumes from is saved."""
+        self._saved_step = trainer.global_step
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Before an epoch's validation and long generation, which may take as long as the epoch."""
+        if batch_idx == 0 and not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._validates_next = True
+            self._save(trainer)
+            self._validates_next = False
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let a run that resumes from before a validation begin with it."""
+        if self._validates_next:
+            loop = checkpoint["loops"]["fit_loop"]
+            # as if the first batch had just been begun: such a validation Lightning does again
+            for part in ("total", "current"):
+                loop["epoch_loop.val_loop.batch_progress"][part]["started"] += 1
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Keep what was trained when a signal stops the run."""
+        unsaved = trainer.global_step != self._saved_step
+        if isinstance(exception, Stopped) and exception.whole and unsaved:
+            self._save(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights if none before were as good on the held-out recordings."""
         loss = math.nan if trainer.sanity_checking else float(trainer.callback_metrics["val/loss"])
@@ -56,7 +95,7 @@ class RunCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             model: Any = pl_module
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            path = self._folder(trainer) / "best.safetensors"
+            path = self._run(trainer) / LAST.with_name("best.safetensors")
             save_trained(path, model.trained_weights(), model.config, data.clip_steps, model.source)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -76,12 +115,12 @@ class RunCheckpoints(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self._folder(trainer) / "last.ckpt", weights_only=False)
+        trainer.save_checkpoint(self._run(trainer) / LAST, weights_only=False)
 
     @staticmethod
-    def _folder(trainer: Trainer) -> Path:
+    def _run(trainer: Trainer) -> Path:
         logger: Any = trainer.logger
-        return Path(logger.log_dir) / "checkpoints"
+        return Path(logger.log_dir)
 
 
 class CheckpointWithWeights(TorchCheckpointIO):
@@ -101,14 +140,22 @@ class CheckpointWithWeights(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write both files, each atomically; the weights first."""
+        """Write both files, each atomically; the weights first, which must be finite."""
         weights = {
             name.removeprefix("lm."): tensor for name, tensor in checkpoint["state_dict"].items()
         }
         path_of_weights = Path(path).with_suffix(".safetensors")
         model = self._model
         save_trained(path_of_weights, weights, model.config, self._data.clip_steps, model.source)
-        super().save_checkpoint(checkpoint, path, storage_options)
+        file_path = Path(path)
+
+        def write(file: IO[bytes]) -> None:
+            torch.save(checkpoint, file)
+            if file_path.name == LAST.name and file_path.is_file():
+                file_path.replace(file_path.with_name(PREVIOUS.name))
+
+        # Lightning's own writer goes by way of the temporary folder, often another file system
+        write_atomic(file_path, write)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove both."""

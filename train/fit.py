@@ -6,6 +6,8 @@ Every field is explained by `--help`; `--print_config` prints the resolved confi
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,15 +16,26 @@ import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from callbacks.long_generation import LongGeneration
 from moshi_ttt.errors import UserError, run_program, settings_at
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints
 from train.data import ConversationData
+from train.finite import FiniteUpdates
 from train.module import MoshiTTT
 from train.recipes import resolve_configs
+from train.run_folder import (
+    LAST,
+    claim_run_folder,
+    find_checkpoint,
+    folder_of,
+    locked,
+    next_run_folder,
+)
+from train.stopping import StopOnSignal, Stopped
 
 # the docstring under each config field is its help text
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -47,10 +60,12 @@ class FitCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Resume: `last` (newest run in run_dir that has a checkpoint) or a .ckpt file.",
+            help="Resume: `last` (newest run in run_dir that has a checkpoint) or a .ckpt file. A "
+            "run in run_dir goes on in its folder; from any other checkpoint a new run begins.",
         )
         parser.add_lightning_class_args(LongGeneration, "long_generation")
         parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
+        parser.add_lightning_class_args(FiniteUpdates, "finite")
         parser.link_arguments("model.source", "data.source")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -63,15 +78,14 @@ class FitCLI(LightningCLI):
             # jsonargparse would name their fields alone
             with settings_at(place):
                 config(**vars(self.config[place]))
-        root, resume = Path(self.config.run_dir), self.config.ckpt_path
-        self.ckpt_path = find_checkpoint(root, resume)
-        if self.ckpt_path is not None:
-            self.run_folder = self.ckpt_path.parent.parent
-        else:
-            self.run_folder = next_run_folder(root)
+        root = Path(self.config.run_dir)
+        self.ckpt_path = find_checkpoint(root, self.config.ckpt_path)
+        resumed = folder_of(self.ckpt_path, root) if self.ckpt_path else None
+        self.run_folder = resumed or next_run_folder(root)
+        self._is_new = resumed is None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Give the trainer its folder, logger, checkpoint files and sampler rule."""
+        """Give the trainer its checkpoint files, signals and sampler rule."""
         trainer = self.config.trainer
         decided = {"logger": None, "plugins": None, "use_distributed_sampler": True}
         for key, default in decided.items():
@@ -79,13 +93,59 @@ class FitCLI(LightningCLI):
                 raise UserError(
                     f"trainer.{key}={trainer[key]} is decided by train/fit.py; leave it out"
                 )
+        # jsonargparse takes every number for a part of the whole, and Lightning 1.0 for all of it
+        counts = {
+            key: int(value)
+            for key, value in trainer.items()
+            if key.startswith(("limit_", "overfit_")) and value and value == int(value)
+        }
+        plugins: list[Any] = [CheckpointWithWeights(self.model, self.datamodule)]
+        if SLURMEnvironment.detect():
+            # it would save and requeue by itself, and resume from what it finds in the folder
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         return super().instantiate_trainer(
-            logger=TensorBoardLogger(self.run_folder, name="", version="", default_hp_metric=False),
-            plugins=[CheckpointWithWeights(self.model, self.datamodule)],
+            logger=False,  # until the run folder is claimed
+            plugins=plugins,
+            default_root_dir=self.run_folder,
             # the data module's own sampler is distributed, and resumes within an epoch
             use_distributed_sampler=False,
-            **kwargs,
+            **(counts | kwargs),
         )
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Claim the run folder, keep others from it in here, and let the trainer log into it.
+
+        Raises:
+            UserError: it cannot be made, or another process writes to it.
+        """
+        lock: AbstractContextManager[None] = nullcontext()
+        if self.trainer.is_global_zero:  # the others write nothing
+            if self._is_new:
+                self.run_folder = claim_run_folder(Path(self.config.run_dir))
+            lock = locked(self.run_folder)
+        with lock:
+            if self.ckpt_path is not None:
+                self.trainer.print(f"resuming from {self.ckpt_path}, writing to {self.run_folder}")
+            self.trainer.logger = TensorBoardLogger(
+                self.run_folder, name="", version="", default_hp_metric=False
+            )
+            yield
+
+
+class SaveConfigLate(SaveConfigCallback):
+    """Writes the config only when the run has begun: one that is refused leaves that of its run.
+
+    What is resumed from is no part of it.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Not yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Now."""
+        self.config.ckpt_path = None
+        super().setup(trainer, pl_module, "fit")
 
 
 def nested_configs() -> dict[str, type]:
@@ -97,33 +157,6 @@ def nested_configs() -> dict[str, type]:
         for name, hint in get_type_hints(holder.__init__).items()  # type: ignore[misc]
         if is_dataclass(hint) and isinstance(hint, type)
     }
-
-
-def next_run_folder(root: Path) -> Path:
-    """The first unused `root/000`, `root/001`, ...; nothing is ever overwritten."""
-    taken = [int(path.name) for path in root.glob("[0-9][0-9][0-9]") if path.is_dir()]
-    return root / f"{max(taken, default=-1) + 1:03d}"
-
-
-def find_checkpoint(root: Path, resume: str | None) -> Path | None:
-    """The checkpoint file that `--ckpt_path` means.
-
-    Raises:
-        UserError: there is none.
-    """
-    if resume is None:
-        return None
-    if resume == "last":
-        found = sorted(root.glob("[0-9][0-9][0-9]/checkpoints/last.ckpt"))
-        if not found:
-            raise UserError(
-                f"--ckpt_path last: no {root}/NNN/checkpoints/last.ckpt; start without it, or set "
-                "--run_dir to the folder of the run to resume"
-            )
-        return found[-1]
-    if not Path(resume).is_file():
-        raise UserError(f"--ckpt_path {resume} does not exist; give a .ckpt file or `last`")
-    return Path(resume)
 
 
 def multiply_fast(trainer: Trainer) -> None:
@@ -148,11 +181,13 @@ def main(args: list[str] | None = None) -> Path:
         run=False,
         auto_configure_optimizers=False,
         trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
+        save_config_callback=SaveConfigLate,
         save_config_kwargs={"overwrite": True},
     )
     cli.model.check()
     multiply_fast(cli.trainer)
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
+    with cli.writing():
+        _fit(cli)
     lines = ["", f"run folder:  {cli.run_folder}"]
     if (best := cli.config_init.checkpoint).best_epoch:
         weights = cli.run_folder / "checkpoints" / "best.safetensors"
@@ -166,6 +201,21 @@ def main(args: list[str] | None = None) -> Path:
         lines.append(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")
     cli.trainer.print("\n".join(lines))
     return cli.run_folder
+
+
+def _fit(cli: FitCLI) -> None:
+    """Train to the end, or until a signal; then say how to go on, and exit as signals do."""
+    signals = StopOnSignal()
+    trainer: Any = cli.trainer
+    trainer.callbacks.insert(0, signals)
+    try:
+        with signals.listening():
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
+    except Stopped as stopped:
+        last = cli.run_folder / LAST
+        on = f"--ckpt_path {last} goes on" if last.is_file() else "nothing was trained yet"
+        print(f"stopped by {stopped}: {on}", file=sys.stderr)
+        sys.exit(stopped.status)
 
 
 if __name__ == "__main__":

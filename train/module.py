@@ -32,7 +32,7 @@ from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.model.weights import start_from
 from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty
 from moshi_ttt.teacher_forcing.nll import PositionNLL
-from train.optim import OptimConfig, adamw
+from train.optim import OptimConfig, adamw, apply_settings
 
 # the output gate starts at zero and shields the memory behind it until its first update
 GRADIENT_CHECK_STEPS = 3
@@ -279,7 +279,10 @@ class MoshiTTT(LightningModule):
         self._rng = states[self.global_rank % len(states)]
 
     def on_train_start(self) -> None:
-        """Random states go back last, after everything that might draw."""
+        """Rates are those of the config; random states go back last, after all that might draw."""
+        trainer: Any = self.trainer
+        optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+        apply_settings(optimizer, schedule, adamw(self._groups, self.optim_config, fused=False))
         if self._rng:
             torch.set_rng_state(self._rng["cpu"].cpu())
         if "cuda" in self._rng and self.device.type == "cuda":

@@ -80,3 +80,22 @@ def adamw(
                     }
                 )
     return torch.optim.AdamW(chosen, betas=(config.beta1, config.beta2), fused=fused or None)
+
+
+def apply_settings(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    fresh: torch.optim.Optimizer,
+) -> None:
+    """Go on with the rates that the config has now, where a checkpoint brought back those it had.
+
+    Args:
+        optimizer: as restored; its moments stay.
+        schedule: of that optimizer, at the step it goes on from.
+        fresh: what `adamw` makes of the config for the same parameters.
+    """
+    groups = zip(optimizer.param_groups, fresh.param_groups, schedule.lr_lambdas, strict=True)
+    for index, (group, new, factor) in enumerate(groups):
+        schedule.base_lrs[index] = group["initial_lr"] = new["lr"]
+        group["lr"] = new["lr"] * factor(schedule.last_epoch)
+        group["weight_decay"], group["betas"] = new["weight_decay"], new["betas"]

@@ -36,7 +36,11 @@ def save_trained(
         config: how the model was built.
         trained_steps: clip length of the training, in steps.
         source: opened `config.source`, whose base they belong to.
+
+    Raises:
+        UserError: some are not finite; what the file held stays.
     """
+    _check_finite(weights, f"{path} is not written over")
     metadata = {
         "format": "moshi-ttt 1",
         "config": json.dumps(dataclasses.asdict(config)),
@@ -44,7 +48,15 @@ def save_trained(
         "base": source.base_fingerprint,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_bytes(path, save(tensors, metadata))
+    write_bytes(path, _ordered(save(tensors, metadata)))
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its header in a fixed order: equal weights are equal bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def load_trained(
@@ -118,7 +130,15 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], di
         raise UserError(f"{path} is not a safetensors file ({error}); copy it again") from error
     if metadata.get("format") != "moshi-ttt 1":
         raise UserError(f"{path} holds no moshi-ttt weights; give a file of RUN/checkpoints")
+    _check_finite(weights, f"{path} cannot be used; take an earlier checkpoint")
     return weights, metadata
+
+
+def _check_finite(weights: dict[str, Tensor], consequence: str) -> None:
+    """Raise a `UserError` that names the first weight with a NaN or an infinity in it."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} is not finite; {consequence}")
 
 
 def _check_base(

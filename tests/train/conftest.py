@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+
+from train.fit import main
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +49,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "--long_generation.run.prompt_sec=1",
         "--long_generation.run.seconds=4",
     ]
+
+
+@pytest.fixture(scope="session")
+def dropout() -> list[str]:
+    """Arguments that make weights depend on the random state."""
+    return ["--model.train=memory+lora", "--model.lora.rank=2", "--model.lora.dropout=0.5"]
+
+
+@pytest.fixture(scope="module")
+def uncut(small: list[str], dropout: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("uncut")
+    return main([*small, *dropout, f"--run_dir={folder}"])

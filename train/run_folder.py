@@ -1,0 +1,120 @@
+"""Where a run writes, and what it resumes from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moshi_ttt.errors import UserError
+
+LAST = Path("checkpoints/last.ckpt")
+PREVIOUS = Path("checkpoints/previous.ckpt")
+_LOCK = ".lock"
+
+
+def next_run_folder(root: Path) -> Path:
+    """The first unused `root/000`, `root/001`, ...; nothing is ever overwritten."""
+    taken = [int(path.name) for path in root.glob("[0-9][0-9][0-9]")]
+    return root / f"{max(taken, default=-1) + 1:03d}"
+
+
+def claim_run_folder(root: Path) -> Path:
+    """Make the next one; of several runs that start at once each gets its own.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    while True:
+        folder = next_run_folder(root)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not root.is_dir():
+                raise UserError(f"run_dir={root} is not a folder; give another one") from None
+        except OSError as error:
+            raise UserError(
+                f"run_dir={root} cannot be written to ({error.strerror}); give another folder"
+            ) from error
+        else:
+            return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a run in here.
+
+    What a process that was killed left half written is removed.
+
+    Raises:
+        UserError: another process is writing to it.
+    """
+    with (folder / _LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is being written to by {file.read().strip() or 'another process'}; wait "
+                "for its end, or leave out --ckpt_path to begin a new run"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        for half in folder.rglob(".*.tmp"):
+            half.unlink(missing_ok=True)
+        yield
+
+
+def find_checkpoint(root: Path, resume: str | None) -> Path | None:
+    """The checkpoint file that `--ckpt_path` means.
+
+    Of a run whose `last.ckpt` cannot be read the one before is taken, and that is said.
+
+    Raises:
+        UserError: there is none.
+    """
+    if resume is None:
+        return None
+    if resume != "last":
+        if not Path(resume).is_file():
+            raise UserError(f"--ckpt_path {resume} does not exist; give a .ckpt file or `last`")
+        if not _is_whole(Path(resume)):
+            raise UserError(f"--ckpt_path {resume} is damaged or no checkpoint; give another one")
+        return Path(resume)
+    folders = sorted(root.glob("[0-9][0-9][0-9]"), reverse=True)
+    found = [
+        folder for folder in folders if any((folder / one).is_file() for one in (LAST, PREVIOUS))
+    ]
+    if not found:
+        raise UserError(
+            f"--ckpt_path last: no {root}/NNN/{LAST}; start without it, or set --run_dir to the "
+            "folder of the run to resume"
+        )
+    last, previous = found[0] / LAST, found[0] / PREVIOUS
+    if _is_whole(last):
+        return last
+    if not _is_whole(previous):
+        raise UserError(f"--ckpt_path last: {last} is damaged, and no other is there; start anew")
+    print(f"{last} is missing or damaged; resuming from the one before it, {previous.name}")
+    return previous
+
+
+def folder_of(checkpoint: Path, root: Path) -> Path | None:
+    """The run in `root` that wrote a checkpoint, and goes on in its folder; None for any other."""
+    folder = checkpoint.absolute().parent.parent
+    own = checkpoint.absolute() in (folder / LAST, folder / PREVIOUS)
+    return root / folder.name if own and folder.parent == root.absolute() else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether everything in the archive is as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
