@@ -276,8 +276,7 @@ class MoshiTTT(LightningModule):
                 f"the checkpoint trains other weights than this config ({len(differing)} differ, "
                 f"e.g. {differing[0]}); resume with the config saved beside it"
             )
-        states = checkpoint["rng"]
-        self._rng = states[self.global_rank % len(states)]
+        self._rng = checkpoint["rng"][self.global_rank % len(checkpoint["rng"])]
 
     def on_train_start(self) -> None:
         """Rates are those of the config; random states go back last, after all that might draw."""
