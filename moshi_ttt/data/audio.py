@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 from pathlib import Path
 
@@ -11,9 +12,14 @@ import torch
 from scipy import signal
 from torch import Tensor
 
+from moshi_ttt.data.alignments import Word
 from moshi_ttt.errors import UserError
 
 CHANNELS = 2  # left is Moshi, right is the user
+LOUDEST = (
+    4.0  # +12 dB over full scale; a codec hears all of a recording through its loudest samples
+)
+SILENCE = 1e-3  # -60 dB
 
 
 def inspect_audio(path: Path) -> tuple[float, int]:
@@ -59,7 +65,8 @@ def read_audio(path: Path, sample_rate: int) -> Tensor:
         [2, samples] float32.
 
     Raises:
-        UserError: as `inspect_audio`, or the body is damaged, cut short, or holds NaN or infinity.
+        UserError: as `inspect_audio`, or the body is damaged, cut short, or holds NaN, infinity or
+            samples far beyond full scale.
     """
     duration_sec, file_rate = inspect_audio(path)
     try:
@@ -77,9 +84,48 @@ def read_audio(path: Path, sample_rate: int) -> Tensor:
         )
     if not np.isfinite(samples).all():
         raise UserError(f"{path} holds NaN or infinite samples; re-export it or remove the line")
+    loudest = float(np.abs(samples).max())
+    if loudest > LOUDEST:
+        loud = int((np.abs(samples) > LOUDEST).sum())
+        raise UserError(
+            f"{path}: {loud} of {samples.size} samples are beyond {LOUDEST:g}, the loudest is "
+            f"{loudest:g}; sound lies within -1..1: divide integers kept as floats by their full "
+            "scale (16 bits: 32768), repair clicks, and export it again, or remove the line"
+        )
     if file_rate != sample_rate:
         samples = _resample(samples, file_rate, sample_rate)
     return torch.from_numpy(np.ascontiguousarray(samples.T))
+
+
+def sound_warnings(
+    path: Path, audio: Tensor, sample_rate: int, words: Sequence[Word] | None
+) -> list[str]:
+    """What a listener would find strange in a recording that can be used.
+
+    Args:
+        path: of the recording.
+        audio: [2, samples].
+        sample_rate: of `audio`, Hz.
+        words: of the main speaker, who is on the left.
+    """
+    found = []
+    left, right = audio
+    if (left - right).abs().max() <= SILENCE * left.abs().max():
+        found.append(
+            f"{path}: both channels are the same, so Moshi hears itself as the user; left must be "
+            "Moshi alone, right the user alone"
+        )
+    heard = [
+        left[round(max(0.0, word.start_sec) * sample_rate) : round(word.end_sec * sample_rate)]
+        for word in words or ()
+    ]
+    silent = sum(not bool((stretch.abs() > SILENCE).any()) for stretch in heard)
+    if 2 * silent > len(heard):
+        found.append(
+            f"{path}: {silent} of {len(heard)} words of Moshi lie where the left channel is "
+            "silent; left must be Moshi, and times are seconds from the start of this file"
+        )
+    return found
 
 
 def _resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:

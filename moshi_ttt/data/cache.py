@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moshi_ttt.files import write_bytes
 
-FORMAT_VERSION = 1  # raise it when reading, resampling or encoding changes
+FORMAT_VERSION = 2  # raise it when reading, resampling or encoding changes
 
 logger = logging.getLogger(__name__)
 

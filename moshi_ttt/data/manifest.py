@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.data.alignments import read_alignments
-from moshi_ttt.data.audio import inspect_audio, read_audio
+from moshi_ttt.data.alignments import Word, read_alignments
+from moshi_ttt.data.audio import inspect_audio, read_audio, sound_warnings
 from moshi_ttt.data.codes_file import CODES_SUFFIX, CodesFormat, read_codes
 from moshi_ttt.data.probes import read_probes
 from moshi_ttt.data.text import TextRow, Tokenizer, lay_text
@@ -165,15 +165,17 @@ def _check_audio(
     entry: ManifestEntry, clock: Clock, tokenizer: Tokenizer, decode: bool, check: ManifestCheck
 ) -> None:
     duration_sec, sample_rate = inspect_audio(entry.path)
-    if decode:
-        read_audio(entry.path, sample_rate)
+    audio = read_audio(entry.path, sample_rate) if decode else None
     if sample_rate != clock.sample_rate:
         check.warnings.append(
             f"line {entry.line}: {entry.path} is resampled from {sample_rate} to "
             f"{clock.sample_rate} Hz"
         )
     _check_duration(entry, duration_sec, clock, check)
-    laid = _check_words(entry, duration_sec, None, clock, tokenizer, check)
+    words, laid = _check_words(entry, duration_sec, None, clock, tokenizer, check)
+    if audio is not None:
+        found = sound_warnings(entry.path, audio, sample_rate, words)
+        check.warnings += [f"line {entry.line}: {warning}" for warning in found]
     if laid is not None:
         check.text_tokens += laid.written_tokens
         check.dropped_text_tokens += laid.dropped_tokens
@@ -213,13 +215,13 @@ def _check_words(
     clock: Clock,
     tokenizer: Tokenizer,
     check: ManifestCheck,
-) -> TextRow | None:
+) -> tuple[list[Word] | None, TextRow | None]:
     """Check alignments and probes, against a `text_row` [T] where there is one already."""
     found = read_alignments(entry.alignments_path, duration_sec, clock.step_sec)
     check.problems += [f"line {entry.line}: {problem}" for problem in found.problems]
     check.warnings += [f"line {entry.line}: {warning}" for warning in found.warnings]
     if found.words is None or found.problems:
-        return None
+        return None, None
     # only counts and places are used, so the ids of padding do not matter
     laid = lay_text(
         found.words,
@@ -234,4 +236,4 @@ def _check_words(
     check.words += len(found.words)
     check.probes += len(probes)
     check.problems += [f"line {entry.line}: {problem}" for problem in problems]
-    return laid
+    return found.words, laid
