@@ -22,7 +22,6 @@ from moshi_ttt.model.source import ModelSource
 from moshi_ttt.rows import AUDIO_ROWS, TEXT_ROW
 
 CODES_SUFFIX = ".npz"
-LARGEST_CODE = 2047  # Mimi's codebooks have 2048 entries, smaller codecs fewer
 REMEDY = "encode the recording again with scripts/encode_manifest.py"
 
 
@@ -38,6 +37,10 @@ class CodesFormat:
     """Audio rows: Moshi's and the user's."""
     padding_ids: tuple[int, int]
     """Text tokens of steps without a word: padding, end of padding."""
+    card: int
+    """Entries of a codebook; the model has embeddings and outputs for codes below it."""
+    text_card: int
+    """The same of text tokens."""
 
     @classmethod
     def of(cls, source: ModelSource) -> CodesFormat:
@@ -47,6 +50,8 @@ class CodesFormat:
             source.tokenizer_fingerprint,
             source.n_q,
             (source.text_padding_id, source.end_of_text_padding_id),
+            source.card,
+            source.text_card,
         )
 
     def text_tokens(self, codes: Tensor) -> int:
@@ -97,13 +102,6 @@ def read_codes(path: Path, expected: CodesFormat | None) -> Tensor:
             f"{path}: codes are {codes.dtype} {list(codes.shape)}; the rule is int16 [{rows}, "
             f"steps], text above Moshi's codebooks above the user's: {REMEDY}"
         )
-    low, high = int(codes.min()), int(codes[AUDIO_ROWS].max(initial=ZERO_TOKEN))
-    if low < ZERO_TOKEN or high > LARGEST_CODE:
-        wrong = low if low < ZERO_TOKEN else high
-        raise UserError(
-            f"{path}: code {wrong} is outside {ZERO_TOKEN}..{LARGEST_CODE} ({ZERO_TOKEN} is "
-            f"unknown); {REMEDY}"
-        )
     if expected is not None:
         for what in ("codec", "tokenizer"):
             got, wanted = str(found[what]), getattr(expected, what)
@@ -112,7 +110,19 @@ def read_codes(path: Path, expected: CodesFormat | None) -> Tensor:
                     f"{path} was made with {what} {got[:12]}, and the model has {what} "
                     f"{wanted[:12]}; {REMEDY}, or use the model it was made for"
                 )
+        _check_range(path, "text token", codes[TEXT_ROW], expected.text_card)
+        _check_range(path, "code", codes[AUDIO_ROWS], expected.card)
     return torch.from_numpy(codes.astype(np.int64))
+
+
+def _check_range(path: Path, what: str, codes: np.ndarray, card: int) -> None:
+    """Refuse what the model has no embedding for: it would end the training on a GPU."""
+    wrong = codes[(codes < ZERO_TOKEN) | (codes >= card)]
+    if wrong.size:
+        raise UserError(
+            f"{path}: {what} {wrong[0]} is outside the model's {ZERO_TOKEN}..{card - 1} "
+            f"({ZERO_TOKEN} is unknown); {REMEDY}, or use the model it was made for"
+        )
 
 
 def written_from(path: Path, made_with: CodesFormat, made_of: str) -> bool:

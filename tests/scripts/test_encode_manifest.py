@@ -28,7 +28,7 @@ from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.model.source import open_source
 from train.data import ConversationData
 
-FORMAT = CodesFormat("codec-1", "letters", 4, (3, 0))
+FORMAT = CodesFormat("codec-1", "letters", 4, (3, 0), 2048, 32_000)
 
 
 @pytest.fixture
@@ -112,6 +112,14 @@ def test_codes_of_another_codec_or_tokenizer_are_refused_by_name(
     assert check_manifest(manifest, CLOCK, LetterTokenizer(), decode=False).problems == []
 
 
+def text_codes(token: int) -> np.ndarray:
+    return np.array([[token] * 38, *[[0] * 38] * 4], np.int16)
+
+
+def audio_codes(code: int) -> np.ndarray:
+    return np.array([*[[0] * 38] * 4, [code] * 38], np.int16)
+
+
 def rewrite(path: Path, **changes: Any) -> None:
     with np.load(path) as file:
         content = {name: file[name] for name in file.files} | changes
@@ -121,6 +129,10 @@ def rewrite(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
+        (
+            lambda path: rewrite(path, codes=text_codes(32_000)),
+            r"text token 32000 is.* -1\.\.31999",
+        ),
         (Path.unlink, "does not exist"),
         (lambda path: path.write_bytes(b"not a zip"), "damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged"),
@@ -129,8 +141,11 @@ def rewrite(path: Path, **changes: Any) -> None:
         (lambda path: rewrite(path, codes=np.zeros(38, np.int16)), r"int16 \[38\]"),
         (lambda path: rewrite(path, codes=np.zeros((5, 0), np.int16)), r"int16 \[5, 0\]"),
         (lambda path: rewrite(path, codes=np.zeros((17, 38), np.int16)), r"\[17, 38\].*\[5, steps"),
-        (lambda path: rewrite(path, codes=np.full((5, 38), -2, np.int16)), "code -2 is outside"),
-        (lambda path: rewrite(path, codes=np.full((5, 38), 2048, np.int16)), "code 2048 is"),
+        (
+            lambda path: rewrite(path, codes=np.full((5, 38), -2, np.int16)),
+            "text token -2 is outside",
+        ),
+        (lambda path: rewrite(path, codes=audio_codes(2048)), r"code 2048 is.* -1\.\.2047"),
         (lambda path: rewrite(path, codes=np.zeros((5, 30), np.int16)), "lasts 2.400 s"),
     ],
 )
