@@ -13,7 +13,9 @@ from scipy import signal
 from torch import Tensor
 
 from moshi_ttt.data.alignments import Word
+from moshi_ttt.data.json_text import PATHS_REMEDY
 from moshi_ttt.errors import UserError
+from moshi_ttt.files import require_readable
 
 CHANNELS = 2  # left is Moshi, right is the user
 LOUDEST = (
@@ -31,11 +33,7 @@ def inspect_audio(path: Path) -> tuple[float, int]:
     Raises:
         UserError: missing, unreadable, empty, or not stereo.
     """
-    if not path.is_file():
-        raise UserError(
-            f"audio file {path} does not exist; paths are relative to the manifest: correct the "
-            "path or remove the line"
-        )
+    require_readable(path, "audio file", PATHS_REMEDY)
     try:
         info = soundfile.info(path)
     except soundfile.LibsndfileError as error:
@@ -115,9 +113,10 @@ def sound_warnings(
             f"{path}: both channels are the same, so Moshi hears itself as the user; left must be "
             "Moshi alone, right the user alone"
         )
+    duration_sec = len(left) / sample_rate
     heard = [
-        left[round(max(0.0, word.start_sec) * sample_rate) : round(word.end_sec * sample_rate)]
-        for word in words or ()
+        left[slice(*(round(min(max(0.0, end), duration_sec) * sample_rate) for end in ends))]
+        for ends in ((word.start_sec, word.end_sec) for word in words or ())
     ]
     silent = sum(not bool((stretch.abs() > SILENCE).any()) for stretch in heard)
     if 2 * silent > len(heard):

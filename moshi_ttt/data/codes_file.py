@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moshi_ttt.data.json_text import PATHS_REMEDY
 from moshi_ttt.data.text import ZERO_TOKEN
 from moshi_ttt.errors import UserError
-from moshi_ttt.files import write_atomic
+from moshi_ttt.files import require_readable, write_atomic
 from moshi_ttt.model.source import ModelSource
 from moshi_ttt.rows import AUDIO_ROWS, TEXT_ROW
 
@@ -135,11 +136,7 @@ def written_from(path: Path, made_with: CodesFormat, made_of: str) -> bool:
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise UserError(
-            f"codes file {path} does not exist; paths are relative to the manifest: correct the "
-            "path or remove the line"
-        )
+    require_readable(path, "codes file", PATHS_REMEDY)
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}

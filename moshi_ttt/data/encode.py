@@ -21,7 +21,7 @@ from moshi_ttt.data.codes_file import (
 from moshi_ttt.data.manifest import ManifestEntry, check_manifest, read_manifest
 from moshi_ttt.data.recordings import RecordingReader
 from moshi_ttt.errors import UserError
-from moshi_ttt.files import write_bytes
+from moshi_ttt.files import why_unreadable, write_bytes
 from moshi_ttt.model.source import ModelSource
 
 BATCH_SEC = 3600.0  # encoded with one load of the codec, then written
@@ -70,7 +70,7 @@ def encode_manifest(
     lines = []
     for entry in entries:
         target = targets[entry.path]
-        if with_words and entry.alignments_path.is_file():
+        if with_words and why_unreadable(entry.alignments_path) is None:
             write_bytes(target.with_suffix(".json"), entry.alignments_path.read_bytes())
         # whole steps: what was encoded, the padded last step included
         duration_sec = source.clock.seconds(read_codes(target, codes_format).shape[-1])
@@ -111,8 +111,8 @@ def _made_of(entry: ManifestEntry) -> str:
     """Fingerprint of a recording: its sound and its words."""
     digest = hashlib.sha256()
     for path in (entry.path, entry.alignments_path):
-        content = hashlib.sha256(path.read_bytes()) if path.is_file() else hashlib.sha256()
-        digest.update(content.digest())
+        content = path.read_bytes() if why_unreadable(path) is None else b""
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
