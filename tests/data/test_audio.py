@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +101,64 @@ def test_a_silent_user_and_a_hot_mix_are_nothing_to_speak_of(
     spoil(manifest, change)
     found = check(manifest)
     assert found.problems == found.warnings == []
+
+
+def claim_in_flac(path: Path, *, rate: int | None = None, samples: int | None = None) -> None:
+    """Write another rate or length into the header of a FLAC file."""
+    content = bytearray(path.read_bytes())
+    header = int.from_bytes(content[18:26], "big")  # 20 bits rate, 8 others, 36 bits length
+    if rate is not None:
+        header = header & ((1 << 44) - 1) | rate << 44
+    if samples is not None:
+        header = header & ~((1 << 36) - 1) | samples
+    content[18:26] = header.to_bytes(8, "big")
+    path.write_bytes(content)
+
+
+def claim_in_wav(path: Path, *, rate: int | None = None, data_bytes: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    if rate is not None:
+        content[24:28] = rate.to_bytes(4, "little")
+    if data_bytes is not None:
+        place = content.index(b"data") + 4
+        content[place : place + 4] = data_bytes.to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "claim", "complaint"),
+    [
+        ("a.flac", {"samples": 2**36 - 1}, "claims 68719476735 samples a channel, the most is"),
+        ("a.flac", {"samples": 0}, "claims 9223372036854775807 samples"),  # length unknown
+        ("a.flac", {"samples": 2**29}, "damaged|cut short"),
+        ("a.flac", {"samples": 40_000}, "lasts 1.667 s"),
+        ("a.flac", {"rate": 655_350}, "claims 655350 samples a second"),
+        ("a.wav", {"rate": 1}, "claims 1 samples a second"),
+        ("a.wav", {"rate": 1_999_999_973}, "claims 1999999973 samples a second"),
+        ("a.wav", {"rate": 2**32 - 1}, "not readable audio"),
+        ("a.wav", {"data_bytes": 1000}, "lasts 0.010 s"),
+        ("a.wav", {"data_bytes": 0}, "holds no samples"),
+    ],
+)
+def test_headers_that_lie_are_refused_before_memory_is_taken(
+    tmp_path: Path, name: str, claim: dict[str, int], complaint: str
+) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", {name: SECONDS})
+    assert check(manifest).problems == []
+    (claim_in_flac if name == "a.flac" else claim_in_wav)(tmp_path / name, **claim)
+    (problem,) = check(manifest).problems
+    assert problem.startswith("line 1: ")
+    assert name in problem
+    assert re.search(complaint, problem)
+
+
+def test_a_stream_without_a_length_is_read_to_its_end(manifest: Path) -> None:
+    claim_in_wav(manifest.parent / "a.wav", data_bytes=2**32 - 1)
+    assert check(manifest).problems == []
+
+
+def test_sound_without_a_header_is_refused(manifest: Path) -> None:
+    (manifest.parent / "a.raw").write_bytes(bytes(1000))
+    manifest.write_text(manifest.read_text().replace("a.wav", "a.raw"))
+    (problem,) = check(manifest).problems
+    assert "a.raw is not readable audio" in problem
