@@ -228,17 +228,34 @@ def test_as_many_recordings_as_fit_are_encoded(audio_manifest: Path, tmp_path: P
         encode(audio_manifest, tmp_path / "codes", hours=0.0005)
 
 
+def test_recordings_of_one_name_are_encoded_to_files_of_their_own(
+    audio_manifest: Path, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("sub/a.wav", "a.flac", "a-2.wav"), 7):
+        write_audio(audio_manifest.parent / name, 1.0, seed=seed)
+    # a recording that is listed twice is still one
+    lines = [
+        json.dumps({"path": name, "duration": 1.0})
+        for name in ("sub/a.wav", "a.flac", "a-2.wav", "sub/a.wav")
+    ]
+    audio_manifest.write_text("\n".join([audio_manifest.read_text(), *lines]))
+    out = tmp_path / "codes"
+    assert len(encode(audio_manifest, out).encoded) == 2 * 5
+    listed = [json.loads(line)["path"] for line in (out / "manifest.jsonl").open()]
+    assert listed == ["a.npz", "b.npz", "a-2.npz", "a-3.npz", "a-2-2.npz", "a-2.npz"]
+    wanted, got = (
+        RecordingReader(FakeSource(), tmp_path / "c").read(read_manifest(manifest)[0])
+        for manifest in (audio_manifest, out / "manifest.jsonl")
+    )
+    assert all(torch.equal(one.codes, two.codes) for one, two in zip(wanted, got, strict=True))
+
+
 def test_an_unusable_manifest_is_not_encoded(
     program: Any, audio_manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode(audio_manifest, tmp_path / "codes")
     with pytest.raises(UserError, match="holds the recordings themselves"):
         encode(tmp_path / "codes/manifest.jsonl", tmp_path / "codes")
-    write_audio(audio_manifest.parent / "sub/a.wav", 1.0)
-    with audio_manifest.open("a") as file:
-        file.write(json.dumps({"path": "sub/a.wav", "duration": 1.0}))
-    with pytest.raises(UserError, match=r"2 recordings 'a'.*rename"):
-        encode(audio_manifest, tmp_path / "codes2")
     (audio_manifest.parent / "a.wav").unlink()
     with pytest.raises(SystemExit) as stop:
         run_program(lambda: program.main([str(audio_manifest), str(tmp_path / "codes3")]))
