@@ -143,3 +143,10 @@ def test_a_terminal_that_cannot_print_a_name_prints_it_escaped(
     ):
         stream.flush()
         assert stream.buffer.getvalue() == text  # type: ignore[attr-defined]
+
+
+def test_a_recording_that_went_away_is_named(manifest: Path, tmp_path: Path) -> None:
+    entries, _ = read_manifest(manifest)
+    (manifest.parent / "a.wav").unlink()
+    with pytest.raises(UserError, match=r"audio file .*a\.wav cannot be read \(it does not exist"):
+        RecordingReader(FakeSource(), tmp_path / "cache").audio_codes(entries)
