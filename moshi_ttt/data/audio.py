@@ -18,9 +18,7 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.files import require_readable
 
 CHANNELS = 2  # left is Moshi, right is the user
-LOUDEST = (
-    4.0  # +12 dB over full scale; a codec hears all of a recording through its loudest samples
-)
+LOUDEST = 4.0  # +12 dB over full scale; a click as loud changes 2 s of codes
 SILENCE = 1e-3  # -60 dB
 RATES = (4_000, 384_000)  # Hz
 BLOCK_SAMPLES = 2**20
