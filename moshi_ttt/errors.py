@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,7 +100,13 @@ def check_fields(config: object, *names: str, **bounds: Any) -> None:
 
 
 def run_program(main: Callable[[], Result]) -> Result:
-    """Call a program's main function; a `UserError` ends it without a traceback, with status 2."""
+    """Call a program's main function; a `UserError` ends it without a traceback, with status 2.
+
+    What the terminal cannot print, such as a name in another alphabet, it prints escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main()
     except UserError as error:

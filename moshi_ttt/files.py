@@ -1,10 +1,12 @@
-"""Writing files that matter: whole or not at all."""
+"""Files that matter: why one cannot be read, and writing it whole or not at all."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +14,64 @@ from typing import IO, Any
 
 import numpy as np
 
+from moshi_ttt.errors import UserError
+
+MISSING = "it does not exist"
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why a file cannot be read; None if it can. A pipe is not opened: it might never answer."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return "it is a folder"
+        if not stat.S_ISREG(mode):
+            return "it is a pipe or a device"
+        path.open("rb").close()
+    except OSError as error:
+        # a name too long for a file system is not in it
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+        return MISSING if missing else str(error.strerror)
+    except ValueError as error:  # a name with a null byte
+        return str(error)
+    return None
+
+
+def require_readable(path: Path, what: str, remedy: str) -> None:
+    """Refuse what `why_unreadable`, before anything opens it.
+
+    Args:
+        path: the file.
+        what: it is, for the message.
+        remedy: what to do if it cannot be read.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    reason = why_unreadable(path)
+    if reason is not None:
+        raise UserError(f"{what} {path} cannot be read ({reason}); {remedy}")
+
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it into place, all on disk."""
+    """Let `write` fill a temporary file beside `path`, then rename it into place, all on disk.
+
+    Raises:
+        UserError: the disk is full, the folder read-only, or anything else the system refuses.
+    """
+    try:
+        _write_atomic(path, write)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); make room or give permission, "
+            "or choose another folder"
+        ) from error
+
+
+def _write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    # a short name: the longest that a folder takes leaves no room for more
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)

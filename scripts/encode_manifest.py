@@ -3,9 +3,10 @@
     python scripts/encode_manifest.py my.jsonl codes/train
     python scripts/encode_manifest.py held_out.jsonl codes/held_out --with_words
 
-Writes OUT/NAME.npz for every recording and OUT/manifest.jsonl, which trains like the manifest of
-the audio, without audio and without encoding. Run again it goes on where it stopped; recordings
-that changed, or another model, are encoded again. Codec and tokenizer are those of `--model`.
+Writes OUT/NAME.npz for every recording (NAME-2.npz for another of that name) and
+OUT/manifest.jsonl, which trains like the manifest of the audio, without audio and without encoding.
+Run again it goes on where it stopped; recordings that changed, or another model, are encoded again.
+Codec and tokenizer are those of `--model`.
 """
 
 from __future__ import annotations

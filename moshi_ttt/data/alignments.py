@@ -1,18 +1,27 @@
 """Reading word alignments: `{"alignments": [["word", [start, end], "SPEAKER_MAIN"], ...]}`.
 
 What is refused is what says that the timestamps belong to another file or another unit; what
-annotators really produce (unsorted, overlapping or empty words) is mended and reported.
+annotators really produce (unsorted, overlapping or empty words, a few without times, scores) is
+mended and reported.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moshi_ttt.data.json_text import is_number, parse_json, read_text
+from moshi_ttt.errors import UserError
+from moshi_ttt.files import MISSING, why_unreadable
+
 MAIN_SPEAKER = "SPEAKER_MAIN"
+RULE = 'the rule is {"alignments": [["word", [start_sec, end_sec], "SPEAKER_MAIN"], ...]}'
+REMEDY = "annotate the recording again, or remove the file to train without its text"
+MOST_SPOILT = 0.1  # of the words; beyond it they belong to another file, unit or program
+
+Row = tuple[str, float, float, str]  # text, start and end in seconds, speaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,32 +54,32 @@ def read_alignments(path: Path, duration_sec: float, step_sec: float) -> Alignme
         step_sec: length of a step, the tolerance for starts outside the audio.
     """
     found = Alignments()
-    if not path.is_file():
+    if why_unreadable(path) == MISSING:
         found.warnings.append(
             f"alignments {path} do not exist; the text of this recording is unknown to the model"
         )
         return found
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        items = content["alignments"]
-        rows = [_row(item) for item in items]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        items = _items(parse_json(read_text(path, "alignments", REMEDY)))
+    except UserError as error:
+        found.problems.append(str(error))
+        return found
+    except (ValueError, KeyError, TypeError) as error:
         found.problems.append(
-            f"alignments {path} are malformed ({type(error).__name__}: {error}); the rule is "
-            '{"alignments": [["word", [start_sec, end_sec], "SPEAKER_MAIN"], ...]}: annotate the '
-            "recording again, or remove the file to train without its text"
+            f"alignments {path} are malformed ({type(error).__name__}: {error}); {RULE}: {REMEDY}"
         )
         return found
 
-    outside = [row for row in rows if not -step_sec <= row[1] < duration_sec + step_sec]
-    if outside:
-        text, start, *_ = outside[0]
-        found.problems.append(
-            f"alignments {path}: {len(outside)} of {len(rows)} words start outside the "
-            f"{duration_sec:.2f} s of audio, first {text!r} at {start:g} s; times are seconds from "
-            "the start of this file: annotate it again, or remove the alignments"
-        )
-        return found
+    rows, spoilt, reshaped = _sort_out(items, duration_sec, step_sec)
+    if spoilt:
+        what = f"{len(spoilt)} of {len(items)} words cannot be used, first: {spoilt[0]}"
+        if not rows or len(spoilt) > max(1, MOST_SPOILT * len(items)):
+            found.problems.append(
+                f"alignments {path}: {what}; {RULE}, in seconds from the start of this file: "
+                f"{REMEDY}"
+            )
+            return found
+        found.warnings.append(f"alignments {path}: {what}; the others are used")
 
     main = [row for row in rows if row[3] == MAIN_SPEAKER]
     usable = [row for row in main if row[2] > row[1] and row[0]]
@@ -83,6 +92,7 @@ def read_alignments(path: Path, duration_sec: float, step_sec: float) -> Alignme
     )
     past_end = sum(word.end_sec > duration_sec + step_sec for word in found.words)
     for applies, what in (
+        (reshaped, f"{reshaped} of another shape, read as [word, [start_sec, end_sec], speaker]"),
         (not main, f"no {MAIN_SPEAKER} words; the text is all padding"),
         (ordered != usable, "not sorted by start; they were sorted"),
         (len(usable) < len(main), f"{len(main) - len(usable)} empty or without duration, left out"),
@@ -94,11 +104,55 @@ def read_alignments(path: Path, duration_sec: float, step_sec: float) -> Alignme
     return found
 
 
-def _row(item: Any) -> tuple[str, float, float, str]:
-    """One alignment as text, start, end, speaker; raises ValueError or TypeError."""
-    text, (start, end), speaker = item
+def _items(content: Any) -> list[Any]:
+    """The rows of a file; raises KeyError or TypeError."""
+    items = content["alignments"]
+    if not isinstance(items, list):
+        raise TypeError(f"alignments={items!r:.40} is not a list")
+    return items
+
+
+def _sort_out(
+    items: list[Any], duration_sec: float, step_sec: float
+) -> tuple[list[Row], list[str], int]:
+    """The rows that can be used, what is wrong with the others, and how many had another shape."""
+    rows, spoilt, reshaped = [], [], 0
+    for item in items:
+        try:
+            row = _row(item)
+        except (ValueError, KeyError, TypeError) as error:
+            spoilt.append(f"{item!r:.80} is malformed ({type(error).__name__}: {error!s:.120})")
+            continue
+        text, start, end, speaker = row
+        if -step_sec <= start < duration_sec + step_sec:
+            rows.append(row)
+            reshaped += not isinstance(item, list) or item[1:] != [[start, end], speaker]
+        else:
+            spoilt.append(
+                f"{text!r:.80} at {start:g} s starts outside the {duration_sec:.2f} s of audio"
+            )
+    return rows, spoilt, reshaped
+
+
+def _row(item: Any) -> Row:
+    """One alignment as text, start, end, speaker; raises ValueError, KeyError or TypeError.
+
+    Aligners add scores behind the speaker, write times as text or make each word a dictionary.
+    """
+    if isinstance(item, dict):
+        word = item["word"] if "word" in item else item["text"]
+        item = word, (item["start"], item["end"]), item["speaker"]
+    text, (start, end), speaker, *_ = item
     if not isinstance(text, str) or not isinstance(speaker, str):
-        raise TypeError(f"word and speaker must be strings, got {item!r}")
-    if not all(isinstance(time, int | float) and math.isfinite(time) for time in (start, end)):
-        raise TypeError(f"times must be finite numbers, got {item!r}")
-    return text.strip(), float(start), float(end), speaker
+        raise TypeError(f"word and speaker must be strings, got {item!r:.80}")
+    return text.strip(), _seconds(start), _seconds(end), speaker
+
+
+def _seconds(value: Any) -> float:
+    try:
+        time = float(value) if isinstance(value, str) or is_number(value) else math.nan
+    except ValueError:
+        time = math.nan
+    if not math.isfinite(time):
+        raise TypeError(f"times must be finite numbers, got {value!r:.40}")
+    return time

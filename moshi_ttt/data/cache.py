@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moshi_ttt.files import write_bytes
+from moshi_ttt.data.json_text import PATHS_REMEDY
+from moshi_ttt.files import MISSING, require_readable, why_unreadable, write_bytes
 
-FORMAT_VERSION = 1  # raise it when reading, resampling or encoding changes
+FORMAT_VERSION = 2  # raise it when reading, resampling or encoding changes
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class CodeCache:
     def path(self, audio_path: Path) -> Path:
         """Where the codes of an audio file are kept."""
         if audio_path not in self._audio_digests:
+            require_readable(audio_path, "audio file", PATHS_REMEDY)
             with audio_path.open("rb") as file:
                 self._audio_digests[audio_path] = hashlib.file_digest(file, "sha256").hexdigest()
         text = json.dumps({"audio": self._audio_digests[audio_path], **self._settings})
@@ -46,7 +48,7 @@ class CodeCache:
     def load(self, audio_path: Path) -> Tensor | None:
         """Codes of an audio file, [rows, T] int64; None if they must be made (again)."""
         path = self.path(audio_path)
-        if not path.exists():
+        if why_unreadable(path) == MISSING:
             return None
         try:
             with safe_open(path, "pt") as file:

@@ -6,8 +6,8 @@ by fingerprint, and is refused by every other model.
 
 from __future__ import annotations
 
+import io
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moshi_ttt.data.json_text import PATHS_REMEDY
 from moshi_ttt.data.text import ZERO_TOKEN
 from moshi_ttt.errors import UserError
-from moshi_ttt.files import write_atomic
+from moshi_ttt.files import require_readable, write_atomic
 from moshi_ttt.model.source import ModelSource
 from moshi_ttt.rows import AUDIO_ROWS, TEXT_ROW
 
 CODES_SUFFIX = ".npz"
-LARGEST_CODE = 2047  # Mimi's codebooks have 2048 entries, smaller codecs fewer
+MOST_BYTES = {"codes": 1 << 27, "codec": 1 << 16, "tokenizer": 1 << 16, "made_of": 1 << 16}
+"""What each array of a file may unpack to: 88 h of Moshi's codes, and names."""
 REMEDY = "encode the recording again with scripts/encode_manifest.py"
 
 
@@ -38,6 +40,10 @@ class CodesFormat:
     """Audio rows: Moshi's and the user's."""
     padding_ids: tuple[int, int]
     """Text tokens of steps without a word: padding, end of padding."""
+    card: int
+    """Entries of a codebook; the model has embeddings and outputs for codes below it."""
+    text_card: int
+    """The same of text tokens."""
 
     @classmethod
     def of(cls, source: ModelSource) -> CodesFormat:
@@ -47,6 +53,8 @@ class CodesFormat:
             source.tokenizer_fingerprint,
             source.n_q,
             (source.text_padding_id, source.end_of_text_padding_id),
+            source.card,
+            source.text_card,
         )
 
     def text_tokens(self, codes: Tensor) -> int:
@@ -97,13 +105,6 @@ def read_codes(path: Path, expected: CodesFormat | None) -> Tensor:
             f"{path}: codes are {codes.dtype} {list(codes.shape)}; the rule is int16 [{rows}, "
             f"steps], text above Moshi's codebooks above the user's: {REMEDY}"
         )
-    low, high = int(codes.min()), int(codes[AUDIO_ROWS].max(initial=ZERO_TOKEN))
-    if low < ZERO_TOKEN or high > LARGEST_CODE:
-        wrong = low if low < ZERO_TOKEN else high
-        raise UserError(
-            f"{path}: code {wrong} is outside {ZERO_TOKEN}..{LARGEST_CODE} ({ZERO_TOKEN} is "
-            f"unknown); {REMEDY}"
-        )
     if expected is not None:
         for what in ("codec", "tokenizer"):
             got, wanted = str(found[what]), getattr(expected, what)
@@ -112,7 +113,19 @@ def read_codes(path: Path, expected: CodesFormat | None) -> Tensor:
                     f"{path} was made with {what} {got[:12]}, and the model has {what} "
                     f"{wanted[:12]}; {REMEDY}, or use the model it was made for"
                 )
+        _check_range(path, "text token", codes[TEXT_ROW], expected.text_card)
+        _check_range(path, "code", codes[AUDIO_ROWS], expected.card)
     return torch.from_numpy(codes.astype(np.int64))
+
+
+def _check_range(path: Path, what: str, codes: np.ndarray, card: int) -> None:
+    """Refuse what the model has no embedding for: it would end the training on a GPU."""
+    wrong = codes[(codes < ZERO_TOKEN) | (codes >= card)]
+    if wrong.size:
+        raise UserError(
+            f"{path}: {what} {wrong[0]} is outside the model's {ZERO_TOKEN}..{card - 1} "
+            f"({ZERO_TOKEN} is unknown); {REMEDY}, or use the model it was made for"
+        )
 
 
 def written_from(path: Path, made_with: CodesFormat, made_of: str) -> bool:
@@ -125,17 +138,40 @@ def written_from(path: Path, made_with: CodesFormat, made_of: str) -> bool:
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise UserError(
-            f"codes file {path} does not exist; paths are relative to the manifest: correct the "
-            "path or remove the line"
-        )
+    require_readable(path, "codes file", PATHS_REMEDY)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it, or {REMEDY}") from error
+        with zipfile.ZipFile(path) as archive:
+            members = {Path(info.filename).stem: info for info in archive.infolist()}
+            found = {
+                name: _array(archive, members[name], most)
+                for name, most in MOST_BYTES.items()
+                if name in members
+            }
+    # what zipfile, its decompressors and numpy's parser of headers raise is nowhere listed
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({error!s:.200}); restore it, or {REMEDY}") from error
     missing = {"codes", "codec", "tokenizer"} - found.keys()
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; {REMEDY}")
     return found
+
+
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int) -> np.ndarray:
+    """One array of a codes file; nothing is unpacked that could not be one, and no pickle."""
+    if info.flag_bits & 1:
+        raise ValueError(f"{info.filename} is encrypted")
+    # zipfile unpacks no more than the directory says
+    if info.file_size > most_bytes:
+        raise ValueError(
+            f"{info.filename} unpacks to {info.file_size} bytes, the most is {most_bytes}"
+        )
+    content = archive.read(info)
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{info.filename} is of another version than numpy writes")
+    shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError(f"{info.filename} is a pickle, which is never loaded")
+    # not numpy's reader, which makes an array of the shape claimed before it looks for its numbers
+    numbers = np.frombuffer(content, dtype, offset=file.tell())
+    return numbers.reshape(shape, order="F" if by_column else "C")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +20,7 @@ from moshi_ttt.data.codes_file import (
 from moshi_ttt.data.manifest import ManifestEntry, check_manifest, read_manifest
 from moshi_ttt.data.recordings import RecordingReader
 from moshi_ttt.errors import UserError
-from moshi_ttt.files import write_bytes
+from moshi_ttt.files import why_unreadable, write_bytes
 from moshi_ttt.model.source import ModelSource
 
 BATCH_SEC = 3600.0  # encoded with one load of the codec, then written
@@ -47,8 +46,8 @@ def encode_manifest(
         hours: take only the first recordings, as many as fit; None takes all.
 
     Raises:
-        UserError: something is wrong with the manifest, two recordings have the same name, or not
-            even the first one fits into `hours`.
+        UserError: something is wrong with the manifest, `out` cannot be written, or not even the
+            first recording fits into `hours`.
     """
     codes_format = CodesFormat.of(source)
     check_manifest(
@@ -57,10 +56,11 @@ def encode_manifest(
     entries, _ = read_manifest(manifest)
     if hours is not None:
         entries = _first_hours(entries, hours, manifest)
-    targets = _targets(entries, out, manifest)
+    targets = _targets(entries, out)
+    distinct = list({entry.path: entry for entry in entries}.values())
     missing = [
         entry
-        for entry in tqdm(entries, desc="looking for what is done", unit="recording", leave=False)
+        for entry in tqdm(distinct, desc="looking for what is done", unit="recording", leave=False)
         if not written_from(targets[entry.path], codes_format, _made_of(entry))
     ]
     reader = RecordingReader(source, cache_dir)
@@ -70,7 +70,7 @@ def encode_manifest(
     lines = []
     for entry in entries:
         target = targets[entry.path]
-        if with_words and entry.alignments_path.is_file():
+        if with_words and why_unreadable(entry.alignments_path) is None:
             write_bytes(target.with_suffix(".json"), entry.alignments_path.read_bytes())
         # whole steps: what was encoded, the padded last step included
         duration_sec = source.clock.seconds(read_codes(target, codes_format).shape[-1])
@@ -92,17 +92,18 @@ def _first_hours(
     return list(entries[:fits])
 
 
-def _targets(entries: Sequence[ManifestEntry], out: Path, manifest: Path) -> Mapping[Path, Path]:
-    """The codes file of each recording."""
-    counts = Counter(entry.path.stem for entry in entries)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise UserError(
-            f"{manifest} names {counts[twice[0]]} recordings {twice[0]!r}, which would overwrite "
-            f"each other as {out / twice[0]}{CODES_SUFFIX}; rename them"
-        )
-    targets = {entry.path: out / f"{entry.path.stem}{CODES_SUFFIX}" for entry in entries}
-    if any(path.resolve() == target.resolve() for path, target in targets.items()):
+def _targets(entries: Sequence[ManifestEntry], out: Path) -> Mapping[Path, Path]:
+    """The codes file of each recording; another one of the same name is given a number."""
+    names: dict[str, Path] = {}
+    for path in dict.fromkeys(entry.path for entry in entries):
+        name, copy = path.stem, 1
+        # in the order of the manifest, so that --hours does not change the names of the first
+        while name in names:
+            copy += 1
+            name = f"{path.stem}-{copy}"
+        names[name] = path
+    targets = {path: out / f"{name}{CODES_SUFFIX}" for name, path in names.items()}
+    if {path.resolve() for path in targets} & {path.resolve() for path in targets.values()}:
         raise UserError(f"{out} holds the recordings themselves; give another folder")
     return targets
 
@@ -111,8 +112,8 @@ def _made_of(entry: ManifestEntry) -> str:
     """Fingerprint of a recording: its sound and its words."""
     digest = hashlib.sha256()
     for path in (entry.path, entry.alignments_path):
-        content = hashlib.sha256(path.read_bytes()) if path.is_file() else hashlib.sha256()
-        digest.update(content.digest())
+        content = path.read_bytes() if why_unreadable(path) is None else b""
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 

@@ -5,8 +5,8 @@ A line may name a codes file (`a.npz`, from scripts/encode_manifest.py) in place
 
 from __future__ import annotations
 
-import json
 import math
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,12 +15,14 @@ from pathlib import Path
 from torch import Tensor
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.data.alignments import read_alignments
-from moshi_ttt.data.audio import inspect_audio, read_audio
+from moshi_ttt.data.alignments import Word, read_alignments
+from moshi_ttt.data.audio import inspect_audio, read_audio, sound_warnings
 from moshi_ttt.data.codes_file import CODES_SUFFIX, CodesFormat, read_codes
+from moshi_ttt.data.json_text import is_number, parse_json, read_text
 from moshi_ttt.data.probes import read_probes
 from moshi_ttt.data.text import TextRow, Tokenizer, lay_text
 from moshi_ttt.errors import UserError
+from moshi_ttt.files import MISSING, why_unreadable
 from moshi_ttt.rows import TEXT_ROW
 
 SHOWN_PROBLEMS = 20
@@ -92,34 +94,40 @@ def read_manifest(path: Path) -> tuple[list[ManifestEntry], list[str]]:
     Raises:
         UserError: the manifest cannot be read, or has no lines.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"manifest {path} cannot be read ({error}); give a JSON-lines file of "
-            '{"path": "a.wav", "duration": 24.5}'
-        ) from error
+    text = read_text(
+        path, "manifest", 'give a JSON-lines file of {"path": "a.wav", "duration": 24.5}'
+    )
     entries, problems = [], []
-    for number, line in enumerate(lines, 1):
+    # not splitlines(), which also splits at separators that may stand within a string
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            content = json.loads(line)
+            content = parse_json(line)
             name, duration = content["path"], content["duration"]
             if not isinstance(name, str) or not name:
-                raise TypeError(f"path={name!r} is not a file name")
-            if not isinstance(duration, int | float) or not 0 < duration < math.inf:
-                raise ValueError(f"duration={duration!r} is not a positive number of seconds")
+                raise TypeError(f"path={name!r:.80} is not a file name")
+            if not is_number(duration) or not 0 < duration < math.inf:
+                raise ValueError(f"duration={duration!r:.80} is not a positive number of seconds")
         except (ValueError, KeyError, TypeError) as error:
             problems.append(
                 f"line {number}: {line[:80]!r} is malformed ({type(error).__name__}: {error}); the "
                 'rule is {"path": "a.wav", "duration": SECONDS}'
             )
         else:
-            entries.append(ManifestEntry(number, name, path.parent / name, float(duration)))
+            entries.append(ManifestEntry(number, name, _find(path.parent, name), float(duration)))
     if not entries and not problems:
         raise UserError(f"manifest {path} is empty; it needs at least one recording")
     return entries, problems
+
+
+def _find(folder: Path, name: str) -> Path:
+    """The file of a line, also where another system spelt its separators or its accents."""
+    spelt = name.replace("\\", "/")
+    for one in (name, spelt, *(unicodedata.normalize(form, spelt) for form in ("NFC", "NFD"))):
+        if why_unreadable(folder / one) is None:
+            return folder / one
+    return folder / name
 
 
 def check_manifest(
@@ -151,6 +159,10 @@ def check_manifest(
     read = read or partial(read_codes, expected=codes_format)
     check = ManifestCheck(path, recordings=len(entries), problems=problems)
     for entry in entries:
+        if entry.path != path.parent / entry.name:
+            check.warnings.append(
+                f"line {entry.line}: {entry.name!r} does not exist; {entry.path} was taken"
+            )
         try:
             if entry.is_encoded:
                 _check_codes(entry, read(entry.path), clock, tokenizer, codes_format, check)
@@ -165,15 +177,17 @@ def _check_audio(
     entry: ManifestEntry, clock: Clock, tokenizer: Tokenizer, decode: bool, check: ManifestCheck
 ) -> None:
     duration_sec, sample_rate = inspect_audio(entry.path)
-    if decode:
-        read_audio(entry.path, sample_rate)
+    audio = read_audio(entry.path, sample_rate) if decode else None
     if sample_rate != clock.sample_rate:
         check.warnings.append(
             f"line {entry.line}: {entry.path} is resampled from {sample_rate} to "
             f"{clock.sample_rate} Hz"
         )
     _check_duration(entry, duration_sec, clock, check)
-    laid = _check_words(entry, duration_sec, None, clock, tokenizer, check)
+    words, laid = _check_words(entry, duration_sec, None, clock, tokenizer, check)
+    if audio is not None:
+        found = sound_warnings(entry.path, audio, sample_rate, words)
+        check.warnings += [f"line {entry.line}: {warning}" for warning in found]
     if laid is not None:
         check.text_tokens += laid.written_tokens
         check.dropped_text_tokens += laid.dropped_tokens
@@ -191,7 +205,7 @@ def _check_codes(
     _check_duration(entry, duration_sec, clock, check)
     if codes_format is not None:
         check.text_tokens += codes_format.text_tokens(codes)
-    if entry.alignments_path.is_file():
+    if why_unreadable(entry.alignments_path) != MISSING:
         _check_words(entry, duration_sec, codes[TEXT_ROW], clock, tokenizer, check)
 
 
@@ -213,13 +227,13 @@ def _check_words(
     clock: Clock,
     tokenizer: Tokenizer,
     check: ManifestCheck,
-) -> TextRow | None:
+) -> tuple[list[Word] | None, TextRow | None]:
     """Check alignments and probes, against a `text_row` [T] where there is one already."""
     found = read_alignments(entry.alignments_path, duration_sec, clock.step_sec)
     check.problems += [f"line {entry.line}: {problem}" for problem in found.problems]
     check.warnings += [f"line {entry.line}: {warning}" for warning in found.warnings]
     if found.words is None or found.problems:
-        return None
+        return None, None
     # only counts and places are used, so the ids of padding do not matter
     laid = lay_text(
         found.words,
@@ -234,4 +248,4 @@ def _check_words(
     check.words += len(found.words)
     check.probes += len(probes)
     check.problems += [f"line {entry.line}: {problem}" for problem in problems]
-    return laid
+    return found.words, laid

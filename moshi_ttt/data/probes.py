@@ -7,7 +7,6 @@ steps.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.data.alignments import MAIN_SPEAKER, Word
+from moshi_ttt.data.json_text import parse_json, read_text
 from moshi_ttt.data.text import TextRow, Tokenizer
 
 RULE = (
@@ -77,9 +77,9 @@ def read_probes(
     Returns:
         The probes, and problems, each naming the file.
     """
-    items = json.loads(path.read_text(encoding="utf-8")).get("probes", [])
+    items = parse_json(read_text(path, "probes", RULE)).get("probes", [])
     if not isinstance(items, list):
-        return (), [f"{path}: probes={str(items)[:40]} is not a list; {RULE}"]
+        return (), [f"{path}: probes={items!r:.40} is not a list; {RULE}"]
     steps_of = {
         (word.text, word.start_sec): steps
         for word, steps in zip(words, layout.word_steps, strict=True)
@@ -90,10 +90,11 @@ def read_probes(
             if item["answered_by"] != MAIN_SPEAKER:
                 continue
             answer = _answer(item, steps_of)
-            probe = _probe(item, answer, clock)
+            probe = _probe(item, answer, clock.seconds(len(text_row) + 1), clock)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(
-                f"{path}: probe {number} is malformed ({type(error).__name__}: {error}); {RULE}"
+                f"{path}: probe {number} is malformed ({type(error).__name__}: {error!s:.200}); "
+                f"{RULE}"
             )
             continue
         stranger = _first_stranger(answer, text_row, tokenizer)
@@ -110,7 +111,12 @@ def read_probes(
     return tuple(probes), problems
 
 
-def _probe(item: dict[str, Any], answer: Sequence[tuple[Spoken, range]], clock: Clock) -> Probe:
+def _probe(
+    item: dict[str, Any],
+    answer: Sequence[tuple[Spoken, range]],
+    duration_sec: float,
+    clock: Clock,
+) -> Probe:
     return Probe(
         str(item["kind"]),
         _number(item, "gap_sec", math.inf),
@@ -118,8 +124,8 @@ def _probe(item: dict[str, Any], answer: Sequence[tuple[Spoken, range]], clock: 
         tuple(steps for _, steps in answer if steps),
         _recall_class(item),
         _unseen(item),
-        _step(item, "asked_at", clock),
-        _step(item, "asked_until", clock),
+        _step(item, "asked_at", duration_sec, clock),
+        _step(item, "asked_until", duration_sec, clock),
     )
 
 
@@ -152,10 +158,10 @@ def _number(item: dict[str, Any], key: str, most: float) -> float:
     return value
 
 
-def _step(item: dict[str, Any], key: str, clock: Clock) -> int | None:
+def _step(item: dict[str, Any], key: str, duration_sec: float, clock: Clock) -> int | None:
     if key not in item:
         return None
-    seconds = _number(item, key, math.inf)
+    seconds = _number(item, key, duration_sec)
     return round(seconds * clock.sample_rate) // clock.samples_per_step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moshi_ttt.data.alignments import Word, read_alignments
-from moshi_ttt.data.audio import read_audio
+from moshi_ttt.data.audio import read_audio, sound_warnings
 from moshi_ttt.data.cache import CodeCache
 from moshi_ttt.data.codes import encode_recording
 from moshi_ttt.data.codes_file import CodesFormat, read_codes
@@ -21,6 +22,8 @@ from moshi_ttt.data.text import TextRow, Tokenizer, lay_text
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import ModelSource
 from moshi_ttt.rows import TEXT_ROW
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ class RecordingReader:
         with tqdm(total=seconds, desc="encoding audio", unit="s", unit_scale=True) as bar:
             for key, entry in missing.items():
                 try:
-                    audio = read_audio(entry.path, self._source.clock.sample_rate)
+                    audio = self._listen(entry)
                 except UserError as error:
                     problems.append(f"line {entry.line}: {error}")
                     continue
@@ -136,6 +139,16 @@ class RecordingReader:
                 bar.update(round(entry.duration_sec))
         raise_together("encoding audio", problems)
         return encoded
+
+    def _listen(self, entry: ManifestEntry) -> Tensor:
+        """The sound of a recording, [2, samples]; what is strange about it is logged."""
+        clock = self._source.clock
+        audio = read_audio(entry.path, clock.sample_rate)
+        duration_sec = audio.shape[-1] / clock.sample_rate
+        words = read_alignments(entry.alignments_path, duration_sec, clock.step_sec).words
+        for warning in sound_warnings(entry.path, audio, clock.sample_rate, words):
+            logger.warning("line %d: %s", entry.line, warning)
+        return audio
 
     def read(self, entries: Sequence[ManifestEntry]) -> list[EncodedRecording]:
         """Audio codes of every entry under the text row of its alignments, and its probes.

@@ -61,6 +61,16 @@ class ModelSource:
         return int(self._lm_config["dep_q"])
 
     @property
+    def card(self) -> int:
+        """Entries of an audio codebook; a code is below it."""
+        return int(self._lm_config["card"])
+
+    @property
+    def text_card(self) -> int:
+        """Text vocabulary; a text token is below it."""
+        return int(self._lm_config["text_card"])
+
+    @property
     def text_padding_id(self) -> int:
         """Text token between words."""
         return int(self._lm_config.get("existing_text_padding_id", 3))

@@ -51,6 +51,7 @@ class FakeSource:
     name = "fake"
     clock = CLOCK
     n_q, dep_q = 4, 2
+    card, text_card = 2048, 32_000
     text_padding_id, end_of_text_padding_id = PAD, END_PAD
 
     def __init__(self, fingerprint: str = "codec-1") -> None:

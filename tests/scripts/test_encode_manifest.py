@@ -28,7 +28,7 @@ from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.model.source import open_source
 from train.data import ConversationData
 
-FORMAT = CodesFormat("codec-1", "letters", 4, (3, 0))
+FORMAT = CodesFormat("codec-1", "letters", 4, (3, 0), 2048, 32_000)
 
 
 @pytest.fixture
@@ -112,6 +112,14 @@ def test_codes_of_another_codec_or_tokenizer_are_refused_by_name(
     assert check_manifest(manifest, CLOCK, LetterTokenizer(), decode=False).problems == []
 
 
+def text_codes(token: int) -> np.ndarray:
+    return np.array([[token] * 38, *[[0] * 38] * 4], np.int16)
+
+
+def audio_codes(code: int) -> np.ndarray:
+    return np.array([*[[0] * 38] * 4, [code] * 38], np.int16)
+
+
 def rewrite(path: Path, **changes: Any) -> None:
     with np.load(path) as file:
         content = {name: file[name] for name in file.files} | changes
@@ -121,6 +129,10 @@ def rewrite(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
+        (
+            lambda path: rewrite(path, codes=text_codes(32_000)),
+            r"text token 32000 is.* -1\.\.31999",
+        ),
         (Path.unlink, "does not exist"),
         (lambda path: path.write_bytes(b"not a zip"), "damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged"),
@@ -129,8 +141,11 @@ def rewrite(path: Path, **changes: Any) -> None:
         (lambda path: rewrite(path, codes=np.zeros(38, np.int16)), r"int16 \[38\]"),
         (lambda path: rewrite(path, codes=np.zeros((5, 0), np.int16)), r"int16 \[5, 0\]"),
         (lambda path: rewrite(path, codes=np.zeros((17, 38), np.int16)), r"\[17, 38\].*\[5, steps"),
-        (lambda path: rewrite(path, codes=np.full((5, 38), -2, np.int16)), "code -2 is outside"),
-        (lambda path: rewrite(path, codes=np.full((5, 38), 2048, np.int16)), "code 2048 is"),
+        (
+            lambda path: rewrite(path, codes=np.full((5, 38), -2, np.int16)),
+            "text token -2 is outside",
+        ),
+        (lambda path: rewrite(path, codes=audio_codes(2048)), r"code 2048 is.* -1\.\.2047"),
         (lambda path: rewrite(path, codes=np.zeros((5, 30), np.int16)), "lasts 2.400 s"),
     ],
 )
@@ -213,17 +228,34 @@ def test_as_many_recordings_as_fit_are_encoded(audio_manifest: Path, tmp_path: P
         encode(audio_manifest, tmp_path / "codes", hours=0.0005)
 
 
+def test_recordings_of_one_name_are_encoded_to_files_of_their_own(
+    audio_manifest: Path, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("sub/a.wav", "a.flac", "a-2.wav"), 7):
+        write_audio(audio_manifest.parent / name, 1.0, seed=seed)
+    # a recording that is listed twice is still one
+    lines = [
+        json.dumps({"path": name, "duration": 1.0})
+        for name in ("sub/a.wav", "a.flac", "a-2.wav", "sub/a.wav")
+    ]
+    audio_manifest.write_text("\n".join([audio_manifest.read_text(), *lines]))
+    out = tmp_path / "codes"
+    assert len(encode(audio_manifest, out).encoded) == 2 * 5
+    listed = [json.loads(line)["path"] for line in (out / "manifest.jsonl").open()]
+    assert listed == ["a.npz", "b.npz", "a-2.npz", "a-3.npz", "a-2-2.npz", "a-2.npz"]
+    wanted, got = (
+        RecordingReader(FakeSource(), tmp_path / "c").read(read_manifest(manifest)[0])
+        for manifest in (audio_manifest, out / "manifest.jsonl")
+    )
+    assert all(torch.equal(one.codes, two.codes) for one, two in zip(wanted, got, strict=True))
+
+
 def test_an_unusable_manifest_is_not_encoded(
     program: Any, audio_manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode(audio_manifest, tmp_path / "codes")
     with pytest.raises(UserError, match="holds the recordings themselves"):
         encode(tmp_path / "codes/manifest.jsonl", tmp_path / "codes")
-    write_audio(audio_manifest.parent / "sub/a.wav", 1.0)
-    with audio_manifest.open("a") as file:
-        file.write(json.dumps({"path": "sub/a.wav", "duration": 1.0}))
-    with pytest.raises(UserError, match=r"2 recordings 'a'.*rename"):
-        encode(audio_manifest, tmp_path / "codes2")
     (audio_manifest.parent / "a.wav").unlink()
     with pytest.raises(SystemExit) as stop:
         run_program(lambda: program.main([str(audio_manifest), str(tmp_path / "codes3")]))
