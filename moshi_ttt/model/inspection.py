@@ -29,9 +29,11 @@ _HEADER_TYPES = {
 }
 _LARGEST = 1e6
 """Of any number in a config: far above every model's, far below what hangs or fills a memory."""
+LONGEST_CONTEXT_STEPS = 100_000  # 2.2 h; a ring has a slot for each
 _COUNTS = {  # what is built one by one
     **{"num_layers": 256, "depformer_num_layers": 256, "n_q": 128, "dep_q": 64},
-    **{"n_residual_layers": 64, "extra_heads_num_heads": 64, "delays": 1000, "context": 100_000},
+    **{"n_residual_layers": 64, "extra_heads_num_heads": 64, "delays": 1000},
+    "context": LONGEST_CONTEXT_STEPS,
 }
 _NEEDED = ("dim", "num_layers", "num_heads", "n_q", "dep_q", "card", "text_card", "context")
 # keys of relatives of Moshi whose inputs or outputs this project does not have
