@@ -10,10 +10,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.report.figures import evaluation_pictures
+from moshi_ttt.report.headline import headline
 
 
 def log_evaluation(writer: SummaryWriter, folder: Path, global_step: int) -> dict[str, np.ndarray]:
-    """Write scalars, figures (norms, heat map, memory, losses, recall, sound) and Moshi's voice.
+    """Write the headline, scalars, figures (norms, memory, losses, recall, ...) and Moshi's voice.
 
     The voice is given whole, and cut out around each critical position.
 
@@ -29,9 +30,11 @@ def log_evaluation(writer: SummaryWriter, folder: Path, global_step: int) -> dic
         UserError: the folder does not hold a finished evaluation.
     """
     evaluation = Evaluation.load(folder)
+    trace = evaluation.trace()
+    writer.add_text("longgen/headline", headline(evaluation, trace), global_step)
     for tag, value in evaluation.scalars.items():
         writer.add_scalar(tag, value, global_step)
-    pictures = evaluation_pictures(evaluation, evaluation.trace())
+    pictures = evaluation_pictures(evaluation, trace)
     for name, picture in pictures.items():
         writer.add_image(f"longgen/figures/{name}", picture, global_step, dataformats="HWC")
     for path in [*evaluation.audio, *evaluation.cuts]:

@@ -21,8 +21,9 @@ from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
+from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.model.subject import open_subject, short_name
-from moshi_ttt.report import compare_report, write_report
+from moshi_ttt.report import compare_report, headline, write_report
 
 
 def main(args: list[str] | None = None) -> Path:
@@ -53,23 +54,26 @@ def main(args: list[str] | None = None) -> Path:
     assert lm.context is not None
     seconds = round(source.clock.seconds(run.steps(source.clock, lm.context)))
     if options.checkpoint:
-        folder = options.checkpoint.parent.parent / "evaluate"
-        default_out = folder / f"{options.checkpoint.stem}_{seconds}s"
+        beside = options.checkpoint.parent.parent / "evaluate"
+        default_out = beside / f"{options.checkpoint.stem}_{seconds}s"
     else:
         default_out = Path("runs/evaluate") / f"{short_name(options.model)}_{seconds}s"
     out = options.out or default_out
     manifest = options.manifest or bundled_held_out(source)
     recordings = read_recordings(source, manifest, options.cache_dir)
+    folder = out / "longgen" / "evaluation"
     with settings_at("run"):
         evaluate(
             lm,
             source,
             recordings,
             run,
-            out / "longgen" / "evaluation",
+            folder,
             label=subject.label,
             trained_steps=subject.trained_steps,
         )
+    evaluation = Evaluation.load(folder)
+    print(headline(evaluation, evaluation.trace()))
     return write_report(out)
 
 

@@ -22,6 +22,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from callbacks.long_generation import LongGeneration
 from moshi_ttt.errors import UserError, run_program, settings_at
+from moshi_ttt.evaluation.folder import find_evaluations
+from moshi_ttt.report import headline
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints
 from train.data import ConversationData
 from train.finite import FiniteUpdates
@@ -195,7 +197,8 @@ def main(args: list[str] | None = None) -> Path:
             f"best:        {weights} (held-out loss {best.best_loss:.4f}, epoch {best.best_epoch})"
         )
     if (report := cli.run_folder / "report.html").exists():
-        lines.append(f"report:      {report}")
+        latest = find_evaluations(cli.run_folder)[-1]
+        lines = ["", headline(latest, latest.trace()), *lines, f"report:      {report}"]
     lines.append(f"TensorBoard: tensorboard --logdir {cli.run_folder}")
     if torch.cuda.is_available():
         lines.append(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")

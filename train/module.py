@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from moshi_ttt.model.forward import forward
 from moshi_ttt.model.hybrid import observe_branches
 from moshi_ttt.model.lora import LoraConfig
 from moshi_ttt.model.source import ModelSource, open_source
-from moshi_ttt.model.weights import start_from
+from moshi_ttt.model.weights import check_start, start_from
 from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from train.optim import OptimConfig, adamw, apply_settings
@@ -50,8 +49,8 @@ class MoshiTTT(LightningModule):
         context_steps: Attention window and ring capacity C of the temporal transformer in steps
             of 80 ms, in training and in generation; null keeps the checkpoint's own.
         gradient_checkpointing: Recompute each layer in the backward pass; less memory, more time.
-        init_from: Start from the trained weights of another run: its `.safetensors` file; a part of
-            what trains now is enough.
+        init_from: Start from trained weights: `tiny` (the memory bundled with that model), or the
+            `.safetensors` file of another run; a part of what trains now is enough.
         train: What learns: `memory` or `lora` or `memory+lora` on a frozen Moshi, `base` (Moshi's
             own weights, nothing added), or `full` (Moshi and a memory).
         memory: The test-time-training memory.
@@ -99,11 +98,13 @@ class MoshiTTT(LightningModule):
         """Find the checkpoint and hold the config against it, before data is encoded.
 
         Raises:
-            UserError: no such model, or one that the config does not fit.
+            UserError: no such model, or one that the config or the trained weights do not fit.
         """
         with settings_at("model"):
             self.source = open_source(self.config.source)
             check_fits(self.config, self.source)
+            if self.init_from is not None:
+                check_start(self.init_from, self.source)
 
     def configure_model(self) -> None:
         """Lightning's hook for expensive construction."""
@@ -113,8 +114,8 @@ class MoshiTTT(LightningModule):
             self.check()
         with settings_at("model"):
             self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
-        if self.init_from is not None:
-            start_from(self.lm, Path(self.init_from), self.source)
+            if self.init_from is not None:
+                start_from(self.lm, self.init_from)
         # moshi loads in eval mode and Lightning keeps the mode it finds; dropout needs this
         self.lm.train()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -275,8 +276,7 @@ class MoshiTTT(LightningModule):
                 f"the checkpoint trains other weights than this config ({len(differing)} differ, "
                 f"e.g. {differing[0]}); resume with the config saved beside it"
             )
-        states = checkpoint["rng"]
-        self._rng = states[self.global_rank % len(states)]
+        self._rng = checkpoint["rng"][self.global_rank % len(checkpoint["rng"])]
 
     def on_train_start(self) -> None:
         """Rates are those of the config; random states go back last, after all that might draw."""

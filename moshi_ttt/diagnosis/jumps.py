@@ -115,6 +115,13 @@ class Searched(Protocol):
         ...
 
 
+def can_be_searched(trace: Searched, *, window_steps: int = 50) -> bool:
+    """Whether a run is long enough, and a norm finite throughout, for `find_jumps` to find any."""
+    norm = trace.input_norm[..., SETTLE_STEPS:]
+    usable = (np.isfinite(norm) & (norm > 0)).all(axis=-1)
+    return norm.shape[-1] >= 4 * window_steps and bool(usable.any())
+
+
 def find_jumps(
     trace: Searched, *, window_steps: int = 50, min_ratio: float = 1.15, min_score: float = 3.5
 ) -> list[Jump]:

@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moshi_ttt.errors import UserError, settings_at
+from moshi_ttt.errors import SettingError, UserError, settings_at
 from moshi_ttt.files import write_bytes
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import TRAIN_BASE, ModelConfig, build_lm, trainable_groups
 from moshi_ttt.model.lora import LoraConfig
-from moshi_ttt.model.source import ModelSource, open_source
+from moshi_ttt.model.source import ASSETS, TINY, ModelSource, open_source
 
 
 def save_trained(
@@ -87,32 +87,56 @@ def load_trained(
     return lm.eval(), source, config, int(metadata["trained_steps"])
 
 
-def start_from(lm: LMModel, path: Path, source: ModelSource) -> None:
+def check_start(name: str, source: ModelSource) -> None:
+    """Hold the weights that a run is to start from against its base, before anything is loaded.
+
+    Args:
+        name: `tiny` for the memory that is bundled with that model, or a file that `save_trained`
+            wrote, or the Lightning checkpoint beside it.
+        source: where the base of the run comes from.
+
+    Raises:
+        UserError: not such a file, or one of another base.
+    """
+    path = _start_file(name)
+    try:
+        _, metadata = _read(path, "cpu")
+        _check_base(path, metadata, _config_from_dict(json.loads(metadata["config"])), source)
+    except UserError as error:
+        raise SettingError(
+            "init_from", f"={name}: {error}; `tiny` is the bundled memory, null starts without any"
+        ) from error
+
+
+def start_from(lm: LMModel, name: str) -> None:
     """Put the trained weights of another run in place of those that a new one starts with.
 
     The file may hold a part of what trains now, such as the memory of a run that adds LoRA to it.
 
     Args:
         lm: built for the new run.
-        path: what `save_trained` wrote, or the Lightning checkpoint beside it.
-        source: where the base of `lm` came from.
+        name: what `check_start` found to be of its base.
 
     Raises:
-        UserError: not such a file, of another base, or with weights that do not fit.
+        UserError: weights that do not fit.
     """
-    weights, metadata = _read(path, lm.device)
-    _check_base(path, metadata, _config_from_dict(json.loads(metadata["config"])), source)
+    weights, _ = _read(_start_file(name), lm.device)
     mine = {name: p for group in trainable_groups(lm).values() for name, p in group.items()}
-    for name, tensor in weights.items():
-        if name not in mine or mine[name].shape != tensor.shape:
+    for weight, tensor in weights.items():
+        if weight not in mine or mine[weight].shape != tensor.shape:
             has = "nothing of that name trains"
-            if name in mine:
-                has = f"it is {list(mine[name].shape)}"
-            raise UserError(
-                f"model.init_from={path}: {name} is {list(tensor.shape)} there, and {has} here; "
-                "set model.train and model.memory as they were in that run"
+            if weight in mine:
+                has = f"it is {list(mine[weight].shape)}"
+            raise SettingError(
+                "init_from",
+                f"={name}: {weight} is {list(tensor.shape)} there, and {has} here; set model.train "
+                "and model.memory as they were in that run, or init_from=null to start without it",
             )
     lm.load_state_dict(weights, strict=False)
+
+
+def _start_file(name: str) -> Path:
+    return ASSETS / TINY / "memory.safetensors" if name == TINY else Path(name)
 
 
 def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -81,7 +81,7 @@ def write_page(
         ),
     ]
     lead = f"{evidence.model}: {len(cells)} cells of {streams} streams"
-    text = html.page("Why does the norm change?", lead, body)
+    text = html.page("Why does the norm change?", [html.paragraph(lead, kind="lead"), *body])
     write_bytes(path, text.encode())
 
 

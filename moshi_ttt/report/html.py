@@ -23,6 +23,7 @@ h2 { font-size: 19px; margin: 38px 0 8px; padding-bottom: 4px; border-bottom: 1p
 h3 { font-size: 15px; margin: 22px 0 4px; }
 p, li { max-width: 860px; }
 p.lead { color: #666; margin: 0 0 18px; }
+p.headline { font-size: 17px; margin: 8px 0 12px; }
 .key { background: #f2f6fb; border-left: 4px solid #1f6fb4; padding: 10px 18px; margin: 14px 0; }
 .key ul { margin: 4px 0; padding-left: 20px; }
 .scroll { overflow-x: auto; }
@@ -43,7 +44,7 @@ dd { margin: 0 0 0 20px; max-width: 840px; }
 """
 
 
-def page(title: str, lead: str, body: Iterable[str]) -> str:
+def page(title: str, body: Iterable[str]) -> str:
     """A whole document that needs nothing but itself; `body` is HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -51,9 +52,7 @@ def page(title: str, lead: str, body: Iterable[str]) -> str:
         # an empty icon, or browsers ask a server for one
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head>\n<body><main>\n"
-        f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
-        + "\n".join(body)
-        + "\n</main></body></html>\n"
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(body) + "\n</main></body></html>\n"
     )
 
 

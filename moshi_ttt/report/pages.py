@@ -21,6 +21,7 @@ from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section
 from moshi_ttt.report.figures import evaluation_pictures, png, png_of
+from moshi_ttt.report.headline import headline
 from moshi_ttt.report.overlays import comparison_figures
 from moshi_ttt.report.recall_words import recall_finding, recall_numbers
 from moshi_ttt.report.style import MAX_CURVES
@@ -30,6 +31,7 @@ from moshi_ttt.report.text import (
     COMPARISON_CAPTIONS,
     GLOSSARY,
     PROBE_GLOSSARY,
+    clock_note,
     findings,
 )
 
@@ -59,6 +61,8 @@ def write_report(
     traces = {label: evaluation.trace() for label, evaluation in shown}
     trace = traces[labels[-1]]
     body = [
+        html.paragraph(headline(latest, trace), kind="headline"),
+        html.paragraph(clock_note(trace.clock), kind="lead"),
         "<h2>What happened</h2>",
         html.paragraph(f"The latest evaluation, {labels[-1]}, in plain words:"),
         html.bullets(_findings(latest, trace)),
@@ -75,7 +79,7 @@ def write_report(
     if len(evaluations) > 1:
         body += ["<h2>Across the evaluations</h2>", *_comparison(traces, dict(shown))]
     body += [
-        *_audible(latest),
+        *audible_section(latest.quality, latest.cuts),
         *_audio({labels[-1]: latest, labels[0]: evaluations[0]}.items()),
         "<h2>Attention rings at the end</h2>",
         rings_table(latest.summary["rings"], trace.clock),
@@ -84,7 +88,7 @@ def write_report(
         *_glossary(evaluations),
     ]
     title = f"Long generation: {_name(run_folder)}"
-    return _write(run_folder / "report.html", title, trace, body)
+    return _write(run_folder / "report.html", title, body)
 
 
 def compare_report(folders: Sequence[Path], out: Path) -> Path:
@@ -107,26 +111,22 @@ def compare_report(folders: Sequence[Path], out: Path) -> Path:
         labels = [f"{label} [{number}]" for number, label in enumerate(labels, 1)]
     traces = {label: one.trace() for label, one in zip(labels, evaluations, strict=True)}
     by_label = dict(zip(labels, evaluations, strict=True))
-    body = ["<h2>What happened</h2>"]
+    clock = traces[labels[0]].clock
+    body = [html.paragraph(clock_note(clock), kind="lead"), "<h2>What happened</h2>"]
     for label, trace in traces.items():
         body += [
             f"<h3>{html.escape(label)}</h3>",
+            html.paragraph(headline(by_label[label], trace)),
             html.bullets(_findings(by_label[label], trace)),
         ]
     body += ["<h2>Side by side</h2>", _evaluations_table(labels, evaluations)]
     body += ["<h2>Overlays</h2>", *_comparison(traces, by_label), *_audio(by_label.items())]
     body += _glossary(evaluations)
-    return _write(out, "Comparison of long generations", traces[labels[0]], body)
+    return _write(out, "Comparison of long generations", body)
 
 
-def _write(path: Path, title: str, trace: Trace, body: Iterable[str]) -> Path:
-    clock = trace.clock
-    lead = (
-        f"One step is {1000 * clock.step_sec:g} ms; "
-        f"100 steps are {clock.seconds(100):g} s or {clock.legacy_tokens(100)} legacy tokens."
-    )
-    text = html.page(title, lead, body)
-    write_bytes(path, text.encode())
+def _write(path: Path, title: str, body: Iterable[str]) -> Path:
+    write_bytes(path, html.page(title, body).encode())
     return path
 
 
@@ -281,10 +281,6 @@ def _audio(evaluations: Iterable[tuple[str, Evaluation]]) -> list[str]:
     ]
     note = "Left: Moshi, right: the user. The start is the prompt, a recording."
     return ["<h2>Listen</h2>", html.paragraph(note, kind="note"), *players] if players else []
-
-
-def _audible(evaluation: Evaluation) -> list[str]:
-    return audible_section(evaluation.quality, evaluation.cuts)
 
 
 def _glossary(evaluations: Sequence[Evaluation]) -> list[str]:

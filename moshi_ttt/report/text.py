@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import Jump, ratios_at
 from moshi_ttt.instruments.trace import Trace
 
@@ -94,11 +95,19 @@ PROBE_GLOSSARY = {
 }
 
 
+def clock_note(clock: Clock) -> str:
+    """How long a step is, in the other two clocks."""
+    return (
+        f"One step is {1000 * clock.step_sec:g} ms; "
+        f"100 steps are {clock.seconds(100):g} s or {clock.legacy_tokens(100)} legacy tokens."
+    )
+
+
 def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
     """What one generation shows, as sentences."""
     lines = []
     clock, critical = trace.clock, trace.critical_steps()
-    if trace.prompt_steps and not trace.free_from:
+    if only_reads(trace):
         lines.append("Nothing was generated: recordings were fed in throughout (teacher-forced).")
     if not jumps:
         lines.append(
@@ -124,11 +133,10 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
             step = trace.context_steps * (1 if name == "C" else 2)
             lines.append(f"{name}, {clock.describe(step)}, lies beyond the end of this run.")
     if trace.hybrid_layers:
-        per_layer = np.median(trace.branch_ratio[..., trace.free_from :], axis=(0, 2))
-        top = int(np.argmax(per_layer))
+        layer, ratio = loudest_memory(trace)
         lines.append(
-            f"The memory adds {per_layer[top]:.2%} of the residual's norm in layer "
-            f"{trace.hybrid_layers[top]}, where it adds most (median over streams and steps)."
+            f"The memory adds {ratio:.2%} of the residual's norm in layer {layer}, where it adds "
+            "most (median over streams and steps)."
         )
     else:
         lines.append("There is no memory in this model: vanilla Moshi.")
@@ -139,6 +147,18 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
             "they are left out of the search for jumps in the layers concerned."
         )
     return lines
+
+
+def only_reads(trace: Trace) -> bool:
+    """Whether recordings were forced throughout, so that nothing was generated."""
+    return bool(trace.prompt_steps) and not trace.free_from
+
+
+def loudest_memory(trace: Trace) -> tuple[int, float]:
+    """Layer whose memory adds most, and its branch ratio: median over streams and free steps."""
+    per_layer = np.median(trace.branch_ratio[..., trace.free_from :], axis=(0, 2))
+    top = int(np.argmax(per_layer))
+    return trace.hybrid_layers[top], float(per_layer[top])
 
 
 def _change(trace: Trace, step: int) -> str:

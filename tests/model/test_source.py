@@ -19,7 +19,7 @@ from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import LoraConfig, ModelConfig, build_lm, trainable_groups
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import ASSETS, open_source
-from moshi_ttt.model.weights import load_trained, save_trained, start_from
+from moshi_ttt.model.weights import check_start, load_trained, save_trained, start_from
 
 TINY = ASSETS / "tiny"
 
@@ -184,11 +184,30 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     source, path = open_source("tiny"), tmp_path / "last.safetensors"
     old = trained_file(path, "memory", source)
     new = build_lm(config("memory+lora"), source)  # more trains than the file holds
-    start_from(new, path, source)
+    check_start(str(path), source)
+    start_from(new, str(path))
     state = new.state_dict()
     for name, value in old.state_dict().items():
         if ".branch." in name:
             assert torch.equal(value, state[name])
+
+
+def test_tiny_means_the_memory_bundled_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source("tiny")
+    monkeypatch.setattr("moshi_ttt.model.weights.ASSETS", tmp_path)
+    with pytest.raises(UserError, match=r"init_from=tiny: .*tiny/memory\.saf.* does not exist"):
+        check_start("tiny", source)
+    old = trained_file(tmp_path / "tiny/memory.safetensors", "memory", source)
+    new = build_lm(config("memory"), source)
+    check_start("tiny", source)
+    start_from(new, "tiny")
+    assert all(
+        torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items()
+    )
+    with pytest.raises(UserError, match=r"init_from=tiny: .* another one .* null starts without"):
+        check_start("tiny", open_source("moshi7b-random"))
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
@@ -196,9 +215,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     trained_file(path, "memory", source, heads=8)
     other = build_lm(config("memory"), source)
     with pytest.raises(UserError, match=r"init_from=.*branch\..* is \[.* it is \["):
-        start_from(other, path, source)
+        start_from(other, str(path))
     with pytest.raises(UserError, match="nothing of that name trains"):
-        start_from(build_lm(config("lora"), source), path, source)
+        start_from(build_lm(config("lora"), source), str(path))
 
 
 def test_weights_of_another_base_are_refused(tmp_path: Path) -> None:
@@ -206,13 +225,11 @@ def test_weights_of_another_base_are_refused(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(ASSETS / "tiny", copy)
     trained_file(path, "memory", tiny)
-    same = open_source(str(copy))
-    start_from(build_lm(config("memory"), same), path, same)  # the same base, wherever it lies
+    check_start(str(path), open_source(str(copy)))  # the same base, wherever it lies
     weights = load_file(copy / "model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors")
-    changed = open_source(str(copy))
-    with pytest.raises(UserError, match="another one"):
-        start_from(build_lm(config("memory"), changed), path, changed)
+    with pytest.raises(UserError, match=r"^init_from=.*last\.safetensors: .* another one"):
+        check_start(str(path), open_source(str(copy)))
 
 
 @pytest.mark.parametrize("train", ["base", "full"])

@@ -1,0 +1,132 @@
+"""The first sentences of a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_trace import BINS, RECALL, make_trace, remembered, write_evaluation
+
+from moshi_ttt.evaluation.folder import Evaluation
+from moshi_ttt.files import write_json
+from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.report import headline, write_report
+
+
+@pytest.fixture
+def say(tmp_path: Path) -> Any:
+    """What the headline says of a trace, recall and losses."""
+
+    def said(trace: Trace, recall: Any = None, nll: Any = None) -> str:
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        write_evaluation(folder, trace, nll=False, clips=0)
+        for name, content in (("probes", recall), ("nll", nll)):
+            if content is not None:
+                write_json(folder / f"{name}.json", content)
+        return headline(Evaluation.load(folder), trace)
+
+    return said
+
+
+def losses(seconds: float, *minutes: float) -> dict[str, Any]:
+    """Windows of 5.04 s until `seconds`, a value a minute; the first codebook costs 1 more."""
+    starts = range(0, round(12.5 * seconds), 63)
+    text = [minutes[int((start + 31.5) * 0.08 // 60)] for start in starts]
+    text[0] = None  # type: ignore[call-overload]
+    codes = [None if value is None else value + 1 for value in text]
+    return {"window_steps": 63, "start_step": [*starts], "text": text, "first_codebook": codes}
+
+
+def test_a_memory_that_is_used_is_said_to_be_with_both_controls_and_chance(say: Any) -> None:
+    recall = remembered(0.92, 0.1, 0.12)
+    text = say(make_trace(context_steps=188), recall)
+    assert text.startswith(
+        "Asked about 60 s later, when attention (the last 15.04 s) no longer holds it, for a fact "
+        "that Moshi had said, of 40 answer words 92% are right with its memory, 10% with the "
+        "memory emptied and 12% with another conversation's (guessing: 10%); for a fact that only "
+        "the user had said, of 40 answer words 20% are right with its memory, 20% with the memory "
+        "emptied and 20% with another conversation's (guessing: 10%): the memory is used. "
+    )
+
+
+def test_a_memory_that_does_not_beat_both_controls_is_not_shown_to_be_used(say: Any) -> None:
+    for other in (0.92, None):  # as good with another conversation's; only one recording
+        text = say(make_trace(context_steps=188), remembered(0.92, 0.1, other))
+        assert "92% are right with its memory" in text
+        assert ("another conversation's" in text) == (other is not None)
+        assert ": that the memory is used is not shown. " in text
+
+
+def test_a_model_without_a_memory_is_told_without_controls_and_verdict(say: Any) -> None:
+    text = say(make_trace(hybrid_layers=()), RECALL)
+    assert (
+        "for a fact that Moshi had said, of 40 answer words 20% are right (guessing: 10%). " in text
+    )
+    assert text.endswith("; there is no memory.")
+    assert "used" not in text
+    assert "the user" not in text
+
+
+def test_recall_is_told_at_the_gap_nearest_to_a_minute_that_was_asked_for(say: Any) -> None:
+    late = {"kept": {"own_unseen": {key: values[3:] for key, values in BINS.items()}}}
+    assert say(make_trace(), late).startswith("Asked about 240 s later")
+    near = {"kept": {"own": {key: values[:1] for key, values in BINS.items()}}}
+    text = say(make_trace(), near)
+    assert text.startswith("Nothing was asked for that attention, which sees 30 s, had lost. ")
+    assert say(make_trace()).startswith("No planted fact was asked for")
+
+
+def test_the_loss_is_told_for_every_whole_minute(say: Any) -> None:
+    text = say(make_trace(), nll=losses(195, 2.0, 2.1, 2.2, 9.0))
+    assert (
+        "The loss on recordings is, minute by minute, 2.00, 2.10 and 2.20 for words, and 3.00, "
+        "3.10 and 3.20 for the first codebook (nats a token); in 72 s"
+    ) in text
+
+
+def test_less_than_two_minutes_of_loss_are_not_compared(say: Any) -> None:
+    text = say(make_trace(), nll=losses(72, 2.0, 2.0))
+    assert "over less than two minutes, 2.00 for words, and 3.00 for the first codebook" in text
+    # read for two minutes, by recordings of one
+    short = losses(125, 2.0, 2.1, 2.2)
+    short["text"][14:] = [None] * len(short["text"][14:])
+    assert "over less than two minutes" in say(make_trace(), nll=short)
+    assert "loss" not in say(make_trace())
+
+
+def test_a_jump_is_told_with_its_place_and_the_memory_with_its_share(say: Any) -> None:
+    trace = make_trace(jump_at=763)
+    text = say(trace)
+    assert "In 72 s of talking there is a jump: input norm x1.4" in text
+    assert "at step 763 (61.04 s, legacy token 6104), 13 steps after 2C = trained l" in text
+    assert "; layers 1-3; the memory adds" in text
+    share = np.median(trace.branch_ratio[:, :, 100:], axis=(0, 2))
+    layer = (2, 3)[int(share.argmax())]
+    assert text.endswith(
+        f"the memory adds {share.max():.1%} of the residual's norm in layer {layer}, where it adds "
+        "most."
+    )
+
+
+def test_no_jump_is_told_apart_from_none_that_could_be_seen(say: Any) -> None:
+    assert "In 72 s of talking no norm jumps; " in say(make_trace())
+    short = make_trace(shape=(2, 2, 200), hybrid_layers=(), prompt_steps=20)
+    assert "In 16 s of talking no jump of the norms could be seen; there" in say(short)
+    broken = make_trace(hybrid_layers=(1,))
+    broken.input_norm[..., 500] = np.nan
+    broken.branch_ratio[:] = np.nan
+    assert say(broken).endswith("In 72 s of talking no jump of the norms could be seen.")
+    read = make_trace(prompt_steps=900)
+    assert "In 72 s of reading no norm jumps; " in say(read)
+
+
+def test_a_report_begins_with_it(tmp_path: Path) -> None:
+    trace = make_trace(jump_at=763)
+    write_evaluation(tmp_path, trace)
+    text = write_report(tmp_path).read_text()
+    title = text.index("</h1>")
+    first = text[title:].split("<p", 2)[1]
+    assert first.startswith(' class="headline">No planted fact was asked for. ')
+    assert "in 72 s of talking there is a jump" in first
