@@ -13,6 +13,7 @@ from typing import Any
 
 import sentencepiece
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -175,13 +176,14 @@ class ModelSource:
         return digest.hexdigest()
 
 
-def open_source(name: str) -> ModelSource:
+def open_source(name: str, *, fetch: bool = True) -> ModelSource:
     """Find a model by name; reads configs, not weights.
 
     Args:
         name: `tiny` (bundled), `moshi7b-random` (Moshi 7B's architecture with random weights,
             and the tiny bundle's codec and tokenizer), a folder in moshi's checkpoint layout
             (never touches the network), or a hub id such as `kyutai/moshiko-pytorch-bf16`.
+        fetch: download what a hub id names; False takes what was downloaded before.
 
     Raises:
         UserError: nothing by that name, or a file of it is missing or unusable.
@@ -200,6 +202,8 @@ def open_source(name: str) -> ModelSource:
             f"={name!r} is neither `tiny`, `moshi7b-random`, an existing folder nor a hub id "
             "(owner/name); check the spelling or give the path of a downloaded model",
         )
+    if not fetch:
+        return ModelSource(name, _folder_info(_downloaded(name)))
     try:
         return ModelSource(name, _hub_info(name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -220,6 +224,18 @@ def _hub_info(name: str) -> loaders.CheckpointInfo:
         if isinstance(error, LocalEntryNotFoundError):
             raise
     return _checked(loaders.CheckpointInfo.from_hf_repo(name, config_path=config_path), name)
+
+
+def _downloaded(name: str) -> Path:
+    """The folder that holds what was fetched of a hub id before."""
+    try:
+        found = [try_to_load_from_cache(name, one) for one in ("config.json", loaders.MOSHI_NAME)]
+    except HFValidationError:
+        found = []
+    paths = [Path(one) for one in found if isinstance(one, str)]
+    if not paths:
+        raise SettingError("source", f"={name!r} is no folder, and was never fetched from the hub")
+    return paths[0].parent
 
 
 def _folder_info(folder: Path) -> loaders.CheckpointInfo:
