@@ -52,7 +52,7 @@ def add_model(parser: ArgumentParser, **settings: Any) -> None:
 
 
 def add_subjects(parser: ArgumentParser, *, several: bool = False) -> None:
-    """`--model`, `--checkpoint` and `--dtype`: what `open_subject` opens.
+    """`--model`, `--checkpoint`, `--base` and `--dtype`: what `open_subject` opens.
 
     Args:
         parser: of the program.
@@ -65,6 +65,12 @@ def add_subjects(parser: ArgumentParser, *, several: bool = False) -> None:
         type=Path,
         **count,
         help="Trained model: a .ckpt of a run (the .safetensors beside it is read).",
+    )
+    parser.add_argument(
+        "--base",
+        type=str,
+        help="Where the base of --checkpoint lies now, or a hub id to fetch it; null: where it "
+        "lay.",
     )
     parser.add_argument(
         "--dtype",

@@ -70,7 +70,7 @@ def main(args: list[str] | None = None) -> Verdict:
         # steps of a small model are too short to share: a second thread only spins
         torch.set_num_threads(1)
     out = options.out or Path("runs/attribute") / short_name(models[0])
-    subject = open_subject(models[0], options.device, dtype=options.dtype)
+    subject = open_subject(models[0], options.device, dtype=options.dtype, base=options.base)
     source, clock = subject.source, subject.source.clock
     with settings_at("matrix"):
         matrix = _matrix(vars(given), options.quick, subject.lm)
@@ -82,7 +82,7 @@ def main(args: list[str] | None = None) -> Verdict:
     cells: list[Cell] = []
     for number, model in enumerate(models):
         if number:
-            subject = open_subject(model, options.device, dtype=options.dtype)
+            subject = open_subject(model, options.device, dtype=options.dtype, base=options.base)
         lm = subject.lm
         planned = conditions(
             matrix,

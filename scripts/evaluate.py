@@ -43,6 +43,7 @@ def main(args: list[str] | None = None) -> Path:
         options.device,
         dtype=options.dtype,
         context_steps=options.context_steps,
+        base=options.base,
     )
     lm, source = subject.lm, subject.source
     with settings_at("run", seconds="--seconds", log_interval_steps="--log_interval"):

@@ -38,9 +38,14 @@ def main(args: list[str] | None = None) -> None:
     curves: dict[str, dict[str, list[float]]] = {}
     marks_sec: dict[str, float] = {}
     for name in models:
-        # the type goes with the sources among them
-        dtype = options.dtype if name in (options.model or ()) else None
-        subject = open_subject(name, options.device, dtype=dtype)
+        # the type goes with the sources among them, the base with the checkpoints
+        is_source = name in (options.model or ())
+        subject = open_subject(
+            name,
+            options.device,
+            dtype=options.dtype if is_source else None,
+            base=None if is_source else options.base,
+        )
         lm, clock = subject.lm, subject.source.clock
         manifest = options.manifest or bundled_held_out(subject.source)
         recordings = read_recordings(subject.source, manifest, options.cache_dir)

@@ -81,7 +81,7 @@ class MemoryConfig:
         check_fields(self, "gate_init", above=-10, below=10, remedy="use e.g. 0.1")
         check_fields(self, "heads", least=1, remedy="use null for as many as attention has")
         check_fields(self, "head_dim", least=2, remedy="use null for the model's channels / heads")
-        check_fields(self, "mini_batch_steps", least=1, remedy="use e.g. 16")
+        check_fields(self, "mini_batch_steps", least=1, most=4096, remedy="use e.g. 16")
         check_fields(self, "inner_lr", above=0, remedy="use e.g. 1.0")
         shortest, longest = self.forgetting_time_steps
         _check(
@@ -96,7 +96,8 @@ class MemoryConfig:
         """The same with `heads` and `head_dim` in numbers, for a layer of `dim` channels.
 
         Raises:
-            UserError: the heads do not divide `dim`, or do not fit attention's projections.
+            UserError: the heads do not divide `dim`, are far wider than it, or do not fit
+                attention's projections.
         """
         heads = self.heads or attention_heads
         if self.head_dim is None:
@@ -108,6 +109,20 @@ class MemoryConfig:
                 "use such a divisor, or set head_dim",
             )
         head_dim = self.head_dim or dim // heads
+        # before anything is allocated
+        _check(
+            "head_dim",
+            head_dim,
+            head_dim <= dim and heads * head_dim <= _WIDEST * dim,
+            f"a head may have the model's {dim} channels, and all {heads} heads together "
+            f"{_WIDEST} times as many; use null for the model's channels / heads",
+        )
+        _check(
+            "rank",
+            self.rank,
+            self.projections != "shared" or self.rank <= dim,
+            f"the model has {dim} channels, and a rank is lower; use e.g. 16",
+        )
         _check(
             "head_dim",
             head_dim,
@@ -118,6 +133,7 @@ class MemoryConfig:
         return dataclasses.replace(self, heads=heads, head_dim=head_dim)
 
 
+_WIDEST = 4  # times the model's channels, of all heads together
 _LAYERS_RULE = "use last:N, every:N or a list of distinct layer indices, e.g. [25, 26]"
 
 

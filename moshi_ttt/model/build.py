@@ -9,9 +9,10 @@ import torch
 from moshi.models.lm import LMModel
 from torch import nn
 
-from moshi_ttt.errors import check_fields, check_setting, settings_at
+from moshi_ttt.errors import check_bounds, check_fields, check_setting, settings_at
 from moshi_ttt.memory import MemoryConfig, resolve_layers
 from moshi_ttt.model.hybrid import add_memory
+from moshi_ttt.model.inspection import LONGEST_CONTEXT_STEPS
 from moshi_ttt.model.lora import LoraConfig, add_lora
 from moshi_ttt.model.source import ModelSource
 
@@ -40,15 +41,25 @@ class ModelConfig:
             f"with dtype={self.dtype} would lose small updates of the base weights; set "
             "dtype=float32 (and bf16-mixed as the trainer's precision, for speed)",
         )
-        check_fields(self, "context_steps", least=2, remedy="use null for the checkpoint's own")
+        check_fields(
+            *(self, "context_steps"),
+            **{"least": 2, "most": LONGEST_CONTEXT_STEPS},
+            remedy="use null for the checkpoint's own",
+        )
 
 
 def check_fits(config: ModelConfig, source: ModelSource) -> None:
     """Hold a config against the checkpoint's, before anything is loaded or encoded.
 
     Raises:
-        UserError: the memory's layers or heads do not fit the model.
+        UserError: the memory's layers or heads, or the adapters' rank, do not fit the model.
     """
+    if "lora" in config.train:
+        check_bounds(
+            *("lora.rank", config.lora.rank),
+            most=source.dim,
+            remedy="the model has no more channels; use e.g. 16",
+        )
     if config.train in WITH_MEMORY:
         with settings_at("memory"):
             resolve_layers(config.memory.layers, source.num_layers)
@@ -71,7 +82,11 @@ def build_lm(
         source: opened `config.source`.
         device: where to put it.
         gradient_checkpointing: recompute layers in the backward pass.
+
+    Raises:
+        UserError: they do not fit, which is said before anything is loaded.
     """
+    check_fits(config, source)
     lm = source.lm(
         device=device,
         dtype=getattr(torch, config.dtype),

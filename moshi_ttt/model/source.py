@@ -13,15 +13,23 @@ from typing import Any
 
 import sentencepiece
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
+from torch import nn
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.errors import SettingError, UserError
 from moshi_ttt.model.attention import parallel_attention
 from moshi_ttt.model.compiling import compile_on_gpu_only
+from moshi_ttt.model.inspection import check_config, check_finite, check_weights, read_config
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TINY = "tiny"
@@ -44,11 +52,6 @@ class ModelSource:
         self.random_lm = random_lm
         self._info = info
         self._lm_config: dict[str, Any] = dict(info.lm_config or loaders._lm_kwargs)
-        if self._lm_config.get("lora") and info.lora_weights is None:
-            raise UserError(
-                f"{name}: config.json says lora=true but names no lora weights, so moshi would "
-                "add random ones; remove the key (merged checkpoint) or add lora_name"
-            )
 
     @property
     def n_q(self) -> int:
@@ -130,6 +133,7 @@ class ModelSource:
                 )
             else:
                 lm = self._info.get_moshi(device=device, dtype=dtype, lm_kwargs_overrides=overrides)
+                self._check_finite(lm, self._info.moshi_weights)
         parallel_attention(lm)
         return lm
 
@@ -139,7 +143,13 @@ class ModelSource:
         # moshi draws random weights before it loads the real ones: nobody's random numbers may
         # depend on whether something was loaded
         with torch.random.fork_rng():
-            return self._info.get_mimi(device=device).requires_grad_(False)
+            codec = self._info.get_mimi(device=device).requires_grad_(False)
+        self._check_finite(codec, self._info.mimi_weights)
+        return codec
+
+    @staticmethod
+    def _check_finite(model: nn.Module, path: Path) -> None:
+        check_finite(model.state_dict().items(), f"{path} is damaged; copy or download it again")
 
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
         """The text tokenizer."""
@@ -176,13 +186,14 @@ class ModelSource:
         return digest.hexdigest()
 
 
-def open_source(name: str) -> ModelSource:
+def open_source(name: str, *, fetch: bool = True) -> ModelSource:
     """Find a model by name; reads configs, not weights.
 
     Args:
         name: `tiny` (bundled), `moshi7b-random` (Moshi 7B's architecture with random weights,
             and the tiny bundle's codec and tokenizer), a folder in moshi's checkpoint layout
             (never touches the network), or a hub id such as `kyutai/moshiko-pytorch-bf16`.
+        fetch: download what a hub id names; False takes what was downloaded before.
 
     Raises:
         UserError: nothing by that name, or a file of it is missing or unusable.
@@ -201,8 +212,10 @@ def open_source(name: str) -> ModelSource:
             f"={name!r} is neither `tiny`, `moshi7b-random`, an existing folder nor a hub id "
             "(owner/name); check the spelling or give the path of a downloaded model",
         )
+    if not fetch:
+        return ModelSource(name, _folder_info(_downloaded(name)))
     try:
-        return ModelSource(name, loaders.CheckpointInfo.from_hf_repo(name))
+        return ModelSource(name, _hub_info(name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SettingError(
             "source",
@@ -211,16 +224,37 @@ def open_source(name: str) -> ModelSource:
         ) from error
 
 
+def _hub_info(name: str) -> loaders.CheckpointInfo:
+    """Moshi's checkpoint info of a hub id; what cannot be used is refused before it is fetched."""
+    config_path: Path | None = None
+    try:
+        path = config_path = Path(loaders.hf_hub_download(name, "config.json"))
+        check_config(read_config(path), path, hub=True)
+    except EntryNotFoundError as error:  # the first released Moshi had none
+        if isinstance(error, LocalEntryNotFoundError):
+            raise
+    return _checked(loaders.CheckpointInfo.from_hf_repo(name, config_path=config_path), name)
+
+
+def _downloaded(name: str) -> Path:
+    """The folder that holds what was fetched of a hub id before."""
+    try:
+        found = [try_to_load_from_cache(name, one) for one in ("config.json", loaders.MOSHI_NAME)]
+    except HFValidationError:
+        found = []
+    paths = [Path(one) for one in found if isinstance(one, str)]
+    if not paths:
+        raise SettingError("source", f"={name!r} is no folder, and was never fetched from the hub")
+    return paths[0].parent
+
+
 def _folder_info(folder: Path) -> loaders.CheckpointInfo:
     """Moshi's checkpoint info of a folder, every file checked, no network."""
     config_path = folder / "config.json"
-    if not config_path.exists():  # the first released Moshi had none
-        names: dict[str, Any] = {}
-    else:
-        try:
-            names = json.loads(config_path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{config_path} is not JSON ({error}); restore it") from error
+    names: dict[str, Any] = {}
+    if config_path.exists():  # the first released Moshi had none
+        names = read_config(config_path)
+        check_config(names, config_path)
 
     def local(key: str, default: str | None = None) -> Path:
         value = names.get(key, default)
@@ -235,18 +269,37 @@ def _folder_info(folder: Path) -> loaders.CheckpointInfo:
 
     moshi_weights = local("moshi_name", loaders.MOSHI_NAME)
     mimi_weights = local("mimi_name", loaders.MIMI_NAME)
-    for path in (moshi_weights, mimi_weights):
-        if path.suffix != ".safetensors":
-            raise UserError(f"{path}: weights must be .safetensors; pickles are not read")
     tokenizer = local("tokenizer_name", loaders.TEXT_TOKENIZER_NAME)
     if not names:
-        return loaders.CheckpointInfo(moshi_weights, mimi_weights, tokenizer)
-    return loaders.CheckpointInfo.from_hf_repo(
+        return _checked(loaders.CheckpointInfo(moshi_weights, mimi_weights, tokenizer), str(folder))
+    mimi_config_path = local("mimi_config_name") if "mimi_config_name" in names else None
+    if mimi_config_path is not None:
+        read_config(mimi_config_path)
+    info = loaders.CheckpointInfo.from_hf_repo(
         "local/none",
         config_path=config_path,
         moshi_weights=moshi_weights,
         mimi_weights=mimi_weights,
         tokenizer=tokenizer,
-        mimi_config_path=local("mimi_config_name") if "mimi_config_name" in names else None,
+        mimi_config_path=mimi_config_path,
         lora_weights=local("lora_name") if "lora_name" in names else None,
     )
+    return _checked(info, str(config_path))
+
+
+def _checked(info: loaders.CheckpointInfo, place: str) -> loaders.CheckpointInfo:
+    """The same, once its weights and its tokenizer have been held against its configs."""
+    check_weights(info, place)
+    try:
+        words = info.get_text_tokenizer().vocab_size()
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{info.tokenizer} is no sentencepiece model; copy or download it again"
+        ) from error
+    text_card = int((info.lm_config or dict[str, Any](loaders._lm_kwargs))["text_card"])
+    if words > text_card:
+        raise UserError(
+            f"{info.tokenizer} has {words} tokens, and {place} text_card={text_card}; take both of "
+            "one checkpoint"
+        )
+    return info

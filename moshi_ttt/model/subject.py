@@ -34,6 +34,7 @@ def open_subject(
     *,
     dtype: Dtype | None = None,
     context_steps: int | None = None,
+    base: str | None = None,
 ) -> Subject:
     """Open a source, or a trained checkpoint.
 
@@ -43,18 +44,22 @@ def open_subject(
         device: where to put the model.
         dtype: weights' type of a source; None: float32.
         context_steps: ring capacity C of a source; None: its own.
+        base: where the base of a checkpoint lies, as `load_trained` has it.
 
     Raises:
-        UserError: no such model; type or capacity of a checkpoint, which has its own.
+        UserError: no such model; type or capacity of a checkpoint, which has its own; base of a
+            source, which is one.
     """
     if is_checkpoint(name):
         for key, value in (("context_steps", context_steps), ("dtype", dtype)):
             if value is not None:
                 raise UserError(f"--{key} goes with --model; a checkpoint brings its own")
         path = Path(name)
-        lm, source, _, trained_steps = load_trained(path, device)
+        lm, source, _, trained_steps = load_trained(path, device, base)
         label = f"{_run_folder(path).parent.name}/{_run_folder(path).name} {path.stem}"
         return Subject(lm=lm, source=source, trained_steps=trained_steps, label=label)
+    if base is not None:
+        raise UserError(f"--base={base} goes with --checkpoint; --model {name} is a base itself")
     with settings_at("", source="--model"):
         source = open_source(str(name))
     lm = source.lm(

@@ -47,6 +47,7 @@ def test_layers_the_model_does_not_have_are_refused(layers: list[int] | str) -> 
         ("heads", 0),
         ("head_dim", 1),
         ("mini_batch_steps", 0),
+        ("mini_batch_steps", 10**9),
         ("inner_lr", 0.0),
         ("forgetting_time_steps", (0.0, 10.0)),
         ("forgetting_time_steps", (100.0, 10.0)),
@@ -67,6 +68,23 @@ def test_heads_that_do_not_divide_the_model_are_refused() -> None:
         MemoryConfig(heads=5).fitted(32, 4)
     assert build_rule(MemoryConfig(heads=5, head_dim=8).fitted(32, 4), 32).width == 40
     assert MemoryConfig().fitted(32, 4).heads == 4
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"head_dim": 10**6},
+        {"head_dim": 33, "heads": 1},
+        {"heads": 10**9},
+        {"heads": 10**9, "head_dim": 2},
+        {"heads": 65, "head_dim": 2},
+        {"projections": "shared", "rank": 10**9},
+    ],
+    ids=str,
+)
+def test_sizes_no_model_has_are_refused_before_anything_is_allocated(sizes: dict) -> None:
+    with pytest.raises(UserError, match=r"^(head_dim|heads|rank)=\d+ .*the model.*; use "):
+        MemoryConfig(**sizes).fitted(32, 4)
 
 
 @pytest.mark.parametrize(

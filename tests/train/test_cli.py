@@ -141,6 +141,8 @@ def test_the_recipes_of_the_bundle_train_moshi_alone_and_then_a_memory_alone(
         ("--model.memory.heads=0", "model.memory.heads=0 must be at least 1"),
         ("--model.lora.dropout=1", "model.lora.dropout=1.0 must be at least 0 and below 1"),
         ("--model.loss.magnitude_reg=-1", "model.loss.magnitude_reg=-1.0 must be at least 0"),
+        ("--model.context_steps=1000000000", "model.context_steps=1000000000 must be at least 2"),
+        ("--model.memory.mini_batch_steps=1000000000", "must be at least 1 and at most 4096"),
         ("--model.context_steps=1", "model.context_steps=1 must be at least 2"),
         ("--checkpoint.every_n_steps=0", "checkpoint.every_n_steps=0 must be at least 1"),
         ("--long_generation.every_n_epochs=-1", "long_generation.every_n_epochs=-1 must be"),
@@ -188,6 +190,7 @@ def test_help_explains_every_field_of_every_config(capsys: pytest.CaptureFixture
         ("--model.memory.heads=3", "model.memory.heads=3 is not possible"),
         ("--model.memory.heads=3", "must divide the model's 256 channels"),
         ("--model.source=nope", "model.source='nope'"),
+        ("--model.memory.head_dim=1000000", "model.memory.head_dim=1000000 is not possible"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_audio_is_encoded(
@@ -198,6 +201,16 @@ def test_a_model_that_does_not_fit_is_refused_before_audio_is_encoded(
     with pytest.raises(UserError, match=re.escape(message)):
         main(["--config", "long60s.yaml", argument])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_no_model_has_is_refused_before_audio_is_encoded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ConversationData, "prepare_data", None)
+    lora = ["--model.train=lora", "--model.lora.rank=1000000000"]
+    with pytest.raises(UserError, match=r"model\.lora\.rank=1000000000 must be at most 256"):
+        main(["--config", "long60s.yaml", *lora])
 
 
 def test_programs_end_with_a_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
