@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     with monkeypatch.context() as patch:
         patch.setattr("train.checkpoints.torch.save", full_disk)
         more = [f"--run_dir={root}", "--ckpt_path=last", "--trainer.max_epochs=3"]
-        with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
             main([*small, *dropout, *more])
     assert (root / "000/checkpoints/last.ckpt").read_bytes() == kept
     assert not list((root / "000/checkpoints").glob(".*"))
