@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from callbacks.long_generation import LongGeneration
-from moshi_ttt.errors import UserError, run_program, settings_at
+from moshi_ttt.errors import run_program, settings_at
 from moshi_ttt.evaluation.folder import find_evaluations
 from moshi_ttt.report import headline
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints
@@ -29,6 +29,7 @@ from train.data import ConversationData
 from train.finite import FiniteUpdates
 from train.module import MoshiTTT
 from train.recipes import resolve_configs
+from train.resume import check_is_ours
 from train.run_folder import (
     LAST,
     claim_run_folder,
@@ -38,6 +39,7 @@ from train.run_folder import (
     next_run_folder,
 )
 from train.stopping import StopOnSignal, Stopped
+from train.trainer_settings import check_trainer, trainer_errors
 
 # the docstring under each config field is its help text
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -82,6 +84,8 @@ class FitCLI(LightningCLI):
                 config(**vars(self.config[place]))
         root = Path(self.config.run_dir)
         self.ckpt_path = find_checkpoint(root, self.config.ckpt_path)
+        if self.ckpt_path is not None:
+            check_is_ours(self.ckpt_path)
         resumed = folder_of(self.ckpt_path, root) if self.ckpt_path else None
         self.run_folder = resumed or next_run_folder(root)
         self._is_new = resumed is None
@@ -89,12 +93,7 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Give the trainer its checkpoint files, signals and sampler rule."""
         trainer = self.config.trainer
-        decided = {"logger": None, "plugins": None, "use_distributed_sampler": True}
-        for key, default in decided.items():
-            if trainer[key] != default:
-                raise UserError(
-                    f"trainer.{key}={trainer[key]} is decided by train/fit.py; leave it out"
-                )
+        check_trainer(trainer)
         # jsonargparse takes every number for a part of the whole, and Lightning 1.0 for all of it
         counts = {
             key: int(value)
@@ -105,14 +104,15 @@ class FitCLI(LightningCLI):
         if SLURMEnvironment.detect():
             # it would save and requeue by itself, and resume from what it finds in the folder
             plugins.append(SLURMEnvironment(auto_requeue=False))
-        return super().instantiate_trainer(
-            logger=False,  # until the run folder is claimed
-            plugins=plugins,
-            default_root_dir=self.run_folder,
-            # the data module's own sampler is distributed, and resumes within an epoch
-            use_distributed_sampler=False,
-            **(counts | kwargs),
-        )
+        with trainer_errors():
+            return super().instantiate_trainer(
+                logger=False,  # until the run folder is claimed
+                plugins=plugins,
+                default_root_dir=self.run_folder,
+                # the data module's own sampler is distributed, and resumes within an epoch
+                use_distributed_sampler=False,
+                **(counts | kwargs),
+            )
 
     @contextmanager
     def writing(self) -> Iterator[None]:

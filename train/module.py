@@ -32,6 +32,7 @@ from moshi_ttt.model.weights import check_start, start_from
 from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from train.optim import OptimConfig, adamw, apply_settings
+from train.resume import check_resumes
 
 # the output gate starts at zero and shields the memory behind it until its first update
 GRADIENT_CHECK_STEPS = 3
@@ -268,14 +269,7 @@ class MoshiTTT(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, and go on with its random states."""
-        expected = {f"lm.{name}" for name in self.trained_weights()}
-        found = set(checkpoint["state_dict"])
-        if expected != found:
-            differing = sorted(expected ^ found)
-            raise UserError(
-                f"the checkpoint trains other weights than this config ({len(differing)} differ, "
-                f"e.g. {differing[0]}); resume with the config saved beside it"
-            )
+        check_resumes(checkpoint, self.trained_weights())
         self._rng = checkpoint["rng"][self.global_rank % len(checkpoint["rng"])]
 
     def on_train_start(self) -> None:

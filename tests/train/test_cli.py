@@ -125,6 +125,7 @@ def test_the_recipes_of_the_bundle_train_moshi_alone_and_then_a_memory_alone(
         "--data.val_manifest=assets/conversations/heldout/manifest.jsonl",
         "--trainer.accelerator=cpu",
         "--trainer.precision=32-true",
+        "--trainer.max_steps=1",  # how long is said by the script too
     )
     assert cli.model.config.train == train
     assert cli.datamodule.duration_sec == clip_sec
