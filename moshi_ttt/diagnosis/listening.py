@@ -41,9 +41,10 @@ def word_starts(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
 
 def decode(codec: MimiModel, codes: np.ndarray, lead_steps: int = 0) -> np.ndarray:
     """Sound of `codes` [N, Q, n], [N, samples] within -1..1, without its first `lead_steps`."""
-    device = next(codec.parameters()).device
+    rows = torch.from_numpy(codes).to(next(codec.parameters()).device).split(1)
     with torch.no_grad():
-        audio = codec.decode(torch.from_numpy(codes).to(device))[:, 0]
+        # one by one: what a CPU decodes at once soon leaves its cache
+        audio = torch.cat([codec.decode(row)[:, 0] for row in rows])
     samples_per_step = audio.shape[-1] // codes.shape[-1]
     sound: np.ndarray = audio[:, lead_steps * samples_per_step :].clamp(-1, 1).float().cpu().numpy()
     return sound

@@ -40,6 +40,9 @@ class LongRunConfig:
     """Seed of the sampling; equal weights and seeds generate equally."""
     nll_window_sec: float = 5.0
     """Window of the teacher-forced NLL against position, in seconds."""
+    nll_sec: float | None = None
+    """How far recordings are read for it; null as far as the generation goes. For their probes they
+    are read on, text alone."""
     nll_recordings: int = 12
     """Held-out recordings that are read teacher-forced, the first ones of their manifest."""
     audio_streams: int = 1
@@ -59,7 +62,8 @@ class LongRunConfig:
         check_fields(self, "prompts", "seeds", "top_k", "top_k_text", least=1)
         check_fields(self, "nll_recordings", "attention_every_steps", least=1)
         check_fields(self, "temperature", "text_temperature", above=0)
-        check_fields(self, "seconds", "nll_window_sec", "quality_window_sec", above=0)
+        check_fields(self, "seconds", "nll_sec", "nll_window_sec", above=0)
+        check_fields(self, "quality_window_sec", above=0)
         check_fields(self, "prompt_sec", "audio_streams", "log_interval_steps", least=0)
 
     def steps(self, clock: Clock, context_steps: int) -> int:

@@ -45,8 +45,8 @@ def evaluate(
         folder: written to; see `moshi_ttt.evaluation.folder` for the layout.
         label: title in figures and tables.
         trained_steps: clip length of the training; None if unknown.
-        read: what reading the recordings gave, if another run of this length and these windows
-            has read them; None reads.
+        read: what reading the recordings gave, if another run has read them as this one would;
+            None reads.
 
     Returns:
         The scalars of `summary.json`, by tag.
@@ -58,10 +58,12 @@ def evaluate(
     clock, codec = source.clock, source.codec(lm.device)
     talked = talk(lm, source, codec, recordings, config, label=label, trained_steps=trained_steps)
     if read is None:
-        windows = clock.steps(config.nll_window_sec)
+        steps, windows = talked.trace.steps, clock.steps(config.nll_window_sec)
+        if config.nll_sec is not None:
+            steps = clock.steps(config.nll_sec)
         with borrowed(lm, config.seed):
             heard = recordings[: config.nll_recordings]
-            read = read_teacher_forced(lm, heard, talked.trace.steps, windows)
+            read = read_teacher_forced(lm, heard, steps, windows)
     # the random 7B borrows a codec with smaller codebooks: most of its tokens have no sound
     audible = lm.card <= codec.cardinality
     judged = judge(

@@ -1,21 +1,24 @@
-"""moshi's attention without a mask a row, where nothing streams."""
+"""moshi's attention in fewer operations: over whole clips, and among the codebooks of a step."""
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
-from moshi.models.lm import LMModel
 from moshi.modules.transformer import StreamingMultiheadAttention, expand_repeated_kv
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class ParallelAttention(StreamingMultiheadAttention):
-    """The same numbers as moshi's; streaming, and the depformer's, are moshi's own code.
+    """The same numbers as moshi's; where steps stream, it is moshi's own code.
 
     moshi's mask [B, 1, T, T] holds the same for every row, and making it moves more memory than
-    attention itself. One [T, T] does; none is needed where the window reaches the first step.
+    attention itself. One [T, T] does; none is needed where the window reaches the first step, and
+    where it is short, time and memory need not grow with the square of T.
+
+    In the depformer, where codebooks stream, the next one is known beforehand: with all that have
+    been in front of it, it needs neither positions nor a mask.
     """
 
     @classmethod
@@ -38,10 +41,14 @@ class ParallelAttention(StreamingMultiheadAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of T steps to themselves, [B, T, D]."""
-        if self._streaming_state is not None or self.weights_per_step or not self.causal:
+        rows, steps = query.shape[:2]
+        state = self._streaming_state
+        usual = self.causal and self.kv_repeat == 1 and not self.rope
+        if self.weights_per_step and usual and state is not None and steps == 1:
+            return self._next_codebook(query, state)
+        if state is not None or self.weights_per_step or not self.causal:
             attended: Tensor = super().forward(query, key, value)
             return attended
-        rows, steps = query.shape[:2]
         projected = self.in_projs[0](query)
         channels = self.embed_dim // self.num_heads
         q, k, v = (
@@ -54,9 +61,28 @@ class ParallelAttention(StreamingMultiheadAttention):
         k, v, _ = self._complete_kv(k, v)
         if self.kv_repeat > 1:
             k, v = (expand_repeated_kv(one, self.kv_repeat) for one in (k, v))
-        mask = self._window(steps, query.device)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        if self.context is not None and 2 * self.context < steps:
+            y = _in_blocks(q, k, v, self.context)
+        else:
+            mask = self._window(steps, query.device)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.out_projs[0](y.transpose(1, 2).flatten(2))
+
+    def _next_codebook(self, query: Tensor, state: Any) -> Tensor:
+        """Attention of one codebook to those before it in its step, [B, 1, D]."""
+        book = state.offset_cpu
+        schedule = self.weights_per_step_schedule
+        weights = book if schedule is None else schedule[book]
+        projected = self.in_projs[weights](query).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = projected.permute(2, 0, 3, 1, 4)
+        keys, values = state.kv_cache.cache[:, :, :, : book + 1]
+        keys[:, :, book:] = k
+        values[:, :, book:] = v
+        y = F.scaled_dot_product_attention(q, keys, values)
+        state.kv_cache.end_offset += 1
+        state.offset += 1
+        state.offset_cpu += 1
+        return self.out_projs[weights](y.transpose(1, 2).flatten(2))
 
     def _widths(self, projected: int) -> list[int]:
         """Channels of queries, keys and values."""
@@ -72,10 +98,28 @@ class ParallelAttention(StreamingMultiheadAttention):
         return (distance >= 0) & (distance < self.context)
 
 
-def parallel_attention(lm: LMModel) -> None:
-    """Give the temporal layers of a model that has not streamed a `ParallelAttention`, in place."""
-    for layer in lm.transformer.layers:
-        for parent in list(layer.modules()):
-            for name, child in parent.named_children():
-                if type(child) is StreamingMultiheadAttention and not child.cross_attention:
-                    setattr(parent, name, ParallelAttention.adopt(child))
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
+    """Attention to the last `context` steps, [B, H, T, channels] each, in time linear in T.
+
+    A block of `context` queries sees its own keys and those of the block before it.
+    """
+    rows, _, steps, _ = q.shape
+    padding = (0, 0, 0, -steps % context)
+    q, k, v = (F.pad(one, padding).unflatten(2, (-1, context)) for one in (q, k, v))
+    k, v = (torch.cat([F.pad(one, (0, 0, 0, 0, 1, -1)), one], dim=3) for one in (k, v))
+    blocks = q.shape[2]
+    query = torch.arange(context, device=q.device)[:, None]
+    key = torch.arange(2 * context, device=q.device)
+    mask = ((key > query) & (key <= query + context)).repeat(blocks, 1, 1)
+    mask[0, :, :context] = False  # before the first block is nothing
+    q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask.repeat(rows, 1, 1)[:, None])
+    return y.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :steps]
+
+
+def parallel_attention(model: nn.Module) -> None:
+    """Make a `ParallelAttention` of every self-attention, in place, before anything streams."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is StreamingMultiheadAttention and not child.cross_attention:
+                setattr(parent, name, ParallelAttention.adopt(child))

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
+from torch.nn import functional as F
 
+from moshi_ttt.model.depformer import depformer_logits
 from moshi_ttt.rows import Rows
 
 
@@ -30,30 +32,45 @@ def indices(heard: Sequence[bool], device: torch.device) -> Tensor:
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
-def forward(lm: LMModel, codes: Tensor, heard: Sequence[bool] | None = None) -> LMOutput:
+def forward(
+    lm: LMModel,
+    codes: Tensor,
+    heard: Sequence[bool] | None = None,
+    audio_steps: int | None = None,
+) -> LMOutput:
     """What `lm(codes)` gives wherever its mask is set, NaN elsewhere.
 
     Args:
         lm: in training or in eval mode, not streaming.
         codes: [B, 17, T]; -1 where nothing is known.
         heard: whether any audio is known in each row; None looks, and waits for the device.
+        audio_steps: how far audio is predicted, and so the length of its logits and their mask;
+            None predicts all of it.
     """
     heard = rows_heard(lm, codes) if heard is None else heard
-    if all(heard) or (not any(heard) and _others_wait_for_the_depformer(lm)):
-        return lm(codes)
-    if not any(heard):
+    if not any(heard) and not _others_wait_for_the_depformer(lm):
         return _with_text_alone(lm, codes, _read_silent(lm, _delayed(lm, codes)[:, :, :-1]))
-    steps, own = codes.shape[-1], Rows.of(lm).own
-    delayed, rows = _delayed(lm, codes), indices(heard, codes.device)
-    transformer_out, text_logits = lm.forward_text(delayed[:, :, :-1])
-    ahead = lm.forward_depformer_training(delayed[rows, :, 1:], transformer_out[rows])
-    logits = ahead.new_full((len(codes), lm.dep_q, steps, lm.card), float("nan"))
-    # a silent row knows no code
-    mask = codes[:, own] != lm.zero_token_id
-    for row, delay in enumerate(lm.delays[own]):
-        logits[rows, row, : steps - delay] = ahead[:, row, delay:]
-        mask[:, row, steps - delay :] = False
-    return LMOutput(logits, mask, text_logits, codes[:, Rows.of(lm).text] != lm.zero_token_id)
+    own, delayed, known = Rows.of(lm).own, _delayed(lm, codes), codes != lm.zero_token_id
+    out, text_logits = lm.forward_text(delayed[:, :, :-1])
+    mask, delays = known[:, own, :audio_steps].clone(), lm.delays[own]
+    ahead = mask.shape[-1] + max(delays)
+    out, sequence = out[:, :ahead], delayed[:, :, 1 : ahead + 1]
+    rows = indices(heard, codes.device) if any(heard) and not all(heard) else None
+    if rows is not None:
+        out, sequence = out[rows], sequence[rows]
+    lines = []
+    for row, (line, delay) in enumerate(
+        zip(depformer_logits(lm, sequence, out), delays, strict=True)
+    ):
+        line = line[:, delay : delay + mask.shape[-1]]
+        missing = mask.shape[-1] - line.shape[1]
+        lines.append(F.pad(line, (0, 0, 0, missing), value=float("nan")))
+        mask[:, row, mask.shape[-1] - missing :] = False
+    logits = torch.stack(lines, dim=1)
+    if rows is not None:
+        nothing = logits.new_full((len(codes), *logits.shape[1:]), float("nan"))
+        logits = nothing.index_copy(0, rows, logits)
+    return LMOutput(logits, mask, text_logits, known[:, Rows.of(lm).text])
 
 
 def text_forward(lm: LMModel, codes: Tensor) -> LMOutput:

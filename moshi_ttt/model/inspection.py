@@ -261,6 +261,26 @@ def _check_fits(model: nn.Module, header: Header, path: Path, place: str) -> Non
             )
 
 
+def check_tokenizer(info: loaders.CheckpointInfo, place: str) -> None:
+    """Hold the tokenizer against the model's text tokens, of the configs in `place`.
+
+    Raises:
+        UserError: it cannot be read, or knows more tokens than the model.
+    """
+    try:
+        words = info.get_text_tokenizer().vocab_size()
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{info.tokenizer} is no sentencepiece model; copy or download it again"
+        ) from error
+    text_card = int((info.lm_config or dict[str, Any](loaders._lm_kwargs))["text_card"])
+    if words > text_card:
+        raise UserError(
+            f"{info.tokenizer} has {words} tokens, and {place} text_card={text_card}; take both of "
+            "one checkpoint"
+        )
+
+
 def check_finite(tensors: Iterable[tuple[str, Tensor]], consequence: str) -> None:
     """Look at every weight where it lies; the device is waited for once.
 

@@ -29,7 +29,13 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.errors import SettingError, UserError
 from moshi_ttt.model.attention import parallel_attention
 from moshi_ttt.model.compiling import compile_on_gpu_only
-from moshi_ttt.model.inspection import check_config, check_finite, check_weights, read_config
+from moshi_ttt.model.inspection import (
+    check_config,
+    check_finite,
+    check_tokenizer,
+    check_weights,
+    read_config,
+)
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TINY = "tiny"
@@ -145,6 +151,9 @@ class ModelSource:
         with torch.random.fork_rng():
             codec = self._info.get_mimi(device=device).requires_grad_(False)
         self._check_finite(codec, self._info.mimi_weights)
+        # what it encodes to the last digit must stay as it was; nobody hears a digit
+        assert codec.decoder_transformer is not None, "every Mimi has one"
+        parallel_attention(codec.decoder_transformer)
         return codec
 
     @staticmethod
@@ -290,16 +299,5 @@ def _folder_info(folder: Path) -> loaders.CheckpointInfo:
 def _checked(info: loaders.CheckpointInfo, place: str) -> loaders.CheckpointInfo:
     """The same, once its weights and its tokenizer have been held against its configs."""
     check_weights(info, place)
-    try:
-        words = info.get_text_tokenizer().vocab_size()
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{info.tokenizer} is no sentencepiece model; copy or download it again"
-        ) from error
-    text_card = int((info.lm_config or dict[str, Any](loaders._lm_kwargs))["text_card"])
-    if words > text_card:
-        raise UserError(
-            f"{info.tokenizer} has {words} tokens, and {place} text_card={text_card}; take both of "
-            "one checkpoint"
-        )
+    check_tokenizer(info, place)
     return info

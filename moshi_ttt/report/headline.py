@@ -45,7 +45,7 @@ def _recall(recalls: Recalls | None, trace: Trace) -> str:
     groups = shown_groups(kept)
     gaps = {gap for group in groups for gap in kept[group]["gap_sec"] if gap > window_sec}
     if not gaps:
-        return f"Nothing was asked for that attention, which sees {window_sec:g} s, had lost"
+        return f"Nothing was asked for that attention, which sees {window_sec:.0f} s, had lost"
     gap_sec = min(gaps, key=lambda gap: abs(gap - ASKED_SEC))
     parts = [
         f"for a fact that {'Moshi had said' if 'own' in group else 'only the user had said'}, "
@@ -55,7 +55,7 @@ def _recall(recalls: Recalls | None, trace: Trace) -> str:
     ]
     verdict = memory_verdict(beyond_window(recalls, window_sec).get(EVERYONE, {}))
     return (
-        f"Asked about {gap_sec:g} s later, when attention (the last {window_sec:g} s) no longer "
+        f"Asked about {gap_sec:g} s later, when attention (the last {window_sec:.0f} s) no longer "
         f"holds it, {'; '.join(parts)}{VERDICTS[verdict]}"
     )
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
+from moshi_ttt.model.forward import forward
 from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from moshi_ttt.teacher_forcing.recordings import cut
@@ -41,7 +42,7 @@ def nll_by_position(
     for first in tqdm(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
         codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
         counted = slice(skip_steps, None)
-        metric.update(lm, cut(lm(codes), counted), codes[..., counted])
+        metric.update(lm, cut(forward(lm, codes), counted), codes[..., counted])
     return metric.record()
 
 

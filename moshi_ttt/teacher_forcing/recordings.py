@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.model.branch import BranchStats
+from moshi_ttt.model.forward import forward
 from moshi_ttt.model.hybrid import memory_swapped, observe_branches
 from moshi_ttt.teacher_forcing.controls import (
     Recalls,
@@ -27,7 +28,7 @@ from moshi_ttt.teacher_forcing.nll import PositionNLL
 from moshi_ttt.teacher_forcing.recall import ProbeRecall, recall_record
 
 MAX_READ_STEPS = 4500
-"""6 min: how far a recording is read for its probes, as the attention of a parallel forward needs
+"""6 min: how far a recording is read for its probes; where attention sees all of that, it needs
 memory in the square of it."""
 RATIO_SHARES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 """Names of quantiles of the branch ratio."""
@@ -55,7 +56,7 @@ def read_teacher_forced(
     The NLL is that of the recordings that reach `steps`, so that all of its windows are means over
     the same ones; only if none is that long do all of them count, each as far as it goes.
 
-    A recording is read from its start to `steps`, or further for its probes, but for them not
+    A recording is read from its start to `steps`, or further, text alone, for its probes, but not
     beyond `MAX_READ_STEPS`; those that are answered after what was read are not counted. If the
     model has a memory and something was asked, the recordings are read again with the memory taken
     away before each question and, where there are two of them, with another one's.
@@ -78,7 +79,7 @@ def read_teacher_forced(
             wanted = max(steps, probed_steps(recording, MAX_READ_STEPS))
             codes = recording.codes[None, :, :wanted].to(lm.device)
             with memory_swapped(lm) as swaps:
-                output = lm(codes)
+                output = forward(lm, codes, audio_steps=steps)
             ends.append(memory_after(swaps))
             recall.update(lm, output, codes, recording.probes)
             if recording.steps >= least:

@@ -31,6 +31,7 @@ CONFIG = LongRunConfig(
     seeds=2,
     prompt_sec=0.8,
     nll_window_sec=1.6,
+    nll_sec=8.0,
     audio_streams=1,
     quality_window_sec=0.8,
     attention_layers=(0, 5),
@@ -120,7 +121,7 @@ def test_summary_nll_and_audio_are_what_was_run(
     assert all(ring["evicted_steps"] == STEPS - CONTEXT and ring["wraps"] == 2 for ring in temporal)
     assert summary["scalars"].keys() == scalars.keys()
     nll = json.loads((folder / "nll.json").read_text())
-    assert nll["start_step"] == [0, 20, 40, 60]
+    assert nll["start_step"] == [0, 20, 40, 60, 80]  # further than was generated
     # random codes cannot be guessed: ln 512, and more for a model that is sure of something else
     assert all(np.log(512) - 0.2 < value < 3 * np.log(512) for value in nll["other_codebooks"])
     audio, rate = soundfile.read(folder / "audio" / "stream_00.wav")
@@ -206,6 +207,7 @@ def test_recordings_that_another_run_has_read_are_not_read_again(
         ({"seconds": 0.0}, "seconds=0.0 must be above 0"),
         ({"seeds": 0}, "seeds=0"),
         ({"nll_recordings": 0}, "nll_recordings=0"),
+        ({"nll_sec": 0.0}, "nll_sec=0.0 must be above 0"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"audio_streams": -1}, "audio_streams=-1"),
         ({"log_interval_steps": -1}, "log_interval_steps=-1"),

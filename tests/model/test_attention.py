@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from lm_fakes import random_codes
 from moshi.models.lm import LMModel
-from moshi.modules.transformer import StreamingMultiheadAttention
 
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.model.attention import ParallelAttention, parallel_attention
@@ -19,7 +19,7 @@ from moshi_ttt.model.source import open_source
 MakeLM = Callable[..., LMModel]
 
 
-def pair(make_lm: MakeLM, **config: int) -> tuple[LMModel, LMModel]:
+def pair(make_lm: MakeLM, **config: Any) -> tuple[LMModel, LMModel]:
     """A model as moshi made it, and the same with parallel attention."""
     plain = make_lm(**config)
     other = copy.deepcopy(plain)
@@ -28,7 +28,16 @@ def pair(make_lm: MakeLM, **config: int) -> tuple[LMModel, LMModel]:
 
 
 @pytest.mark.parametrize(
-    "config", [{"context": 7}, {"context": 20}, {"context": 40}, {"kv_repeat": 2}], ids=str
+    "config",
+    [
+        {"context": 1},
+        {"context": 5},
+        {"context": 7},
+        {"context": 20},
+        {"context": 40},
+        {"kv_repeat": 2},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16-mixed"])
 def test_numbers_and_gradients_are_moshis_for_every_window(
@@ -42,25 +51,33 @@ def test_numbers_and_gradients_are_moshis_for_every_window(
         grads = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
         found.append({"logits": logits, **grads})
     assert found[0].keys() == found[1].keys()
-    tolerance = {"rtol": 0.05, "atol": 0.01} if autocast else {"rtol": 1e-4, "atol": 1e-6}
+    # bf16 itself is as far from fp32
+    tolerance = {"rtol": 0.05, "atol": 0.04} if autocast else {"rtol": 1e-4, "atol": 1e-6}
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, msg=name, **tolerance)
 
 
-def test_streaming_is_moshis_own(make_lm: MakeLM) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"depformer_weights_per_step_schedule": [0, 1, 2, 2, 3, 3, 3, 3]},
+        {"depformer_pos_emb": "rope"},
+    ],
+    ids=["plain", "shared weights", "with positions"],
+)
+def test_what_is_generated_is_moshis(make_lm: MakeLM, config: dict[str, Any]) -> None:
     results = []
-    for lm in pair(make_lm):
+    for lm in pair(make_lm, **config):
         with borrowed(lm.eval(), 0):
             results.append(generate(lm, random_codes()[:, :, :10], random_codes()[:, 9:])[0])
     assert torch.equal(*results)
 
 
-def test_only_the_temporal_layers_change_and_no_name_or_weight_does(make_lm: MakeLM) -> None:
+def test_no_name_and_no_weight_changes(make_lm: MakeLM) -> None:
     plain, other = pair(make_lm)
-    for layer in other.transformer.layers:
+    for layer in (*other.transformer.layers, *other.depformer.layers):
         assert type(layer.self_attn) is ParallelAttention
-    for layer in other.depformer.layers:
-        assert type(layer.self_attn) is StreamingMultiheadAttention
     weights = other.state_dict()
     assert weights.keys() == plain.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())

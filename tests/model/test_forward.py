@@ -13,6 +13,7 @@ from moshi.models.lm import LMModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moshi_ttt.model.depformer import depformer_logits
 from moshi_ttt.model.forward import forward, text_forward
 from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses
 
@@ -34,9 +35,32 @@ def test_it_gives_what_moshi_gives_wherever_something_is_known(
     got, expected = forward(lm, codes), lm(codes)
     assert torch.equal(got.mask, expected.mask)
     assert torch.equal(got.text_mask, expected.text_mask)
-    assert torch.equal(got.logits[got.mask], expected.logits[expected.mask])
+    torch.testing.assert_close(got.logits[got.mask], expected.logits[expected.mask])
     assert torch.equal(got.text_logits, expected.text_logits)
     assert got.logits.shape == expected.logits.shape
+
+
+@pytest.mark.parametrize("audio_steps", [1, 7, 19, 20])
+def test_audio_is_predicted_as_far_as_asked_and_text_throughout(
+    make_lm: MakeLM, audio_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, codes = make_lm().eval().requires_grad_(False), codes_with_silent_rows([False, True])
+    whole = forward(lm, codes)
+    lengths: list[int] = []
+
+    def count(lm: LMModel, sequence: Tensor, out: Tensor) -> list[Tensor]:
+        lengths.append(sequence.shape[-1])
+        return depformer_logits(lm, sequence, out)
+
+    monkeypatch.setattr("moshi_ttt.model.forward.depformer_logits", count)
+    got = forward(lm, codes, audio_steps=audio_steps)
+    # the codebooks behind the first come a step later
+    assert lengths == [min(audio_steps + 1, 20)]
+    assert torch.equal(got.text_logits, whole.text_logits)
+    assert torch.equal(got.text_mask, whole.text_mask)
+    assert torch.equal(got.mask, whole.mask[..., :audio_steps])
+    known = got.logits[got.mask]
+    torch.testing.assert_close(known, whole.logits[:, :, :audio_steps][got.mask])
 
 
 @pytest.mark.parametrize("silent", [[False, True], [False, False]], ids=str)
@@ -71,13 +95,12 @@ def test_the_depformer_is_left_alone_where_all_is_text(
 ) -> None:
     lm = make_lm()
     calls: list[int] = []
-    whole = LMModel.forward_depformer_training
 
-    def count(self: LMModel, sequence: Tensor, out: Tensor) -> Tensor:
+    def count(lm: LMModel, sequence: Tensor, out: Tensor) -> list[Tensor]:
         calls.append(len(sequence))
-        return whole(self, sequence, out)
+        return depformer_logits(lm, sequence, out)
 
-    monkeypatch.setattr(LMModel, "forward_depformer_training", count)
+    monkeypatch.setattr("moshi_ttt.model.forward.depformer_logits", count)
     forward(lm, codes_with_silent_rows([False, True, True]))
     assert calls == [1]
     forward(lm, codes_with_silent_rows([True, True]))

@@ -43,7 +43,7 @@ def test_a_memory_that_is_used_is_said_to_be_with_both_controls_and_chance(say: 
     recall = remembered(0.92, 0.1, 0.12)
     text = say(make_trace(context_steps=188), recall)
     assert text.startswith(
-        "Asked about 60 s later, when attention (the last 15.04 s) no longer holds it, for a fact "
+        "Asked about 60 s later, when attention (the last 15 s) no longer holds it, for a fact "
         "that Moshi had said, of 40 answer words 92% are right with its memory, 10% with the "
         "memory emptied and 12% with another conversation's (guessing: 10%); for a fact that only "
         "the user had said, of 40 answer words 20% are right with its memory, 20% with the memory "

@@ -61,9 +61,19 @@ class GatedDelta(MemoryRule):
         q, k, v, beta, log_alpha = inputs
         state = state or self.init_state(len(q))
         whole = q, k, v, beta, log_alpha
-        form = fused if mixed and is_usable(whole, chunked) else chunked
+        form = one_step if q.shape[2] == 1 else chunked
+        if mixed and is_usable(whole, chunked):
+            form = fused
         y, memory = form(whole, state["memory"])
         return y, {"memory": memory, "updates": state["updates"] + q.shape[2]}
+
+
+def one_step(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule as it is written, over a single step: what a generation waits for."""
+    q, k, v, beta, log_alpha = inputs
+    memory = log_alpha.exp() * memory
+    memory = memory + k.mT @ (beta * (v - k @ memory))
+    return q @ memory, memory
 
 
 def chunked(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
