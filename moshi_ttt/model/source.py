@@ -13,13 +13,7 @@ from typing import Any
 
 import sentencepiece
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
@@ -29,6 +23,7 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.errors import SettingError, UserError
 from moshi_ttt.model.attention import parallel_attention
 from moshi_ttt.model.compiling import compile_on_gpu_only
+from moshi_ttt.model.hub import downloaded, hub_info
 from moshi_ttt.model.inspection import (
     check_config,
     check_finite,
@@ -222,39 +217,15 @@ def open_source(name: str, *, fetch: bool = True) -> ModelSource:
             "(owner/name); check the spelling or give the path of a downloaded model",
         )
     if not fetch:
-        return ModelSource(name, _folder_info(_downloaded(name)))
+        return ModelSource(name, _folder_info(downloaded(name)))
     try:
-        return ModelSource(name, _hub_info(name))
+        return ModelSource(name, _checked(hub_info(name), name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SettingError(
             "source",
             f"={name!r} could not be fetched from the hub ({error}); check the id and the "
             "network, or give a local folder with the same files",
         ) from error
-
-
-def _hub_info(name: str) -> loaders.CheckpointInfo:
-    """Moshi's checkpoint info of a hub id; what cannot be used is refused before it is fetched."""
-    config_path: Path | None = None
-    try:
-        path = config_path = Path(loaders.hf_hub_download(name, "config.json"))
-        check_config(read_config(path), path, hub=True)
-    except EntryNotFoundError as error:  # the first released Moshi had none
-        if isinstance(error, LocalEntryNotFoundError):
-            raise
-    return _checked(loaders.CheckpointInfo.from_hf_repo(name, config_path=config_path), name)
-
-
-def _downloaded(name: str) -> Path:
-    """The folder that holds what was fetched of a hub id before."""
-    try:
-        found = [try_to_load_from_cache(name, one) for one in ("config.json", loaders.MOSHI_NAME)]
-    except HFValidationError:
-        found = []
-    paths = [Path(one) for one in found if isinstance(one, str)]
-    if not paths:
-        raise SettingError("source", f"={name!r} is no folder, and was never fetched from the hub")
-    return paths[0].parent
 
 
 def _folder_info(folder: Path) -> loaders.CheckpointInfo:

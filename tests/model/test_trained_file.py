@@ -160,7 +160,7 @@ def test_a_base_that_was_fetched_before_is_taken_from_where_it_lies(
     def cached(name: str, file: str) -> str | None:
         return str(ASSETS / "tiny/config.json") if file == "config.json" else None
 
-    monkeypatch.setattr("moshi_ttt.model.source.try_to_load_from_cache", cached)
+    monkeypatch.setattr("moshi_ttt.model.hub.try_to_load_from_cache", cached)
     path = altered(config=lambda one: one.update(source="kyutai/tiny"))
     assert load_trained(path)[1].name == "kyutai/tiny"
 
