@@ -113,9 +113,9 @@ class MemoryConfig:
         _check(
             "head_dim",
             head_dim,
-            head_dim <= dim and heads * head_dim <= _WIDEST * dim,
-            f"a head may have the model's {dim} channels, and all {heads} heads together "
-            f"{_WIDEST} times as many; use null for the model's channels / heads",
+            heads * head_dim <= _WIDEST * dim,
+            f"all {heads} heads together may have {_WIDEST} times the model's {dim} channels; use "
+            "null for the model's channels / heads",
         )
         _check(
             "rank",

@@ -74,7 +74,7 @@ def test_heads_that_do_not_divide_the_model_are_refused() -> None:
     "sizes",
     [
         {"head_dim": 10**6},
-        {"head_dim": 33, "heads": 1},
+        {"head_dim": 129, "heads": 1},
         {"heads": 10**9},
         {"heads": 10**9, "head_dim": 2},
         {"heads": 65, "head_dim": 2},
