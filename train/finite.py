@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from moshi_ttt.errors import UserError, check_bounds
 from moshi_ttt.files import write_bytes
-from moshi_ttt.model.forward import forward
-from moshi_ttt.teacher_forcing.losses import lm_losses
+from moshi_ttt.teacher_forcing.losses import read_clips
 
 
 class FiniteUpdates(Callback):
@@ -84,9 +83,7 @@ def _losses_are_finite(module: Any, batches: list[dict[str, Any]]) -> bool:
 
 @torch.no_grad()
 def _losses(module: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-    codes, heard = batch["codes"], batch.get("heard")
-    output = forward(module.lm, codes, heard)
-    text, audio = lm_losses(module.lm, output, codes, module.loss_config, heard)
+    _, text, audio = read_clips(module.lm, batch["codes"], module.loss_config, batch.get("heard"))
     return {"text": text, "audio": audio}
 
 

@@ -24,12 +24,11 @@ from moshi_ttt.model.build import (
     check_fits,
     trainable_groups,
 )
-from moshi_ttt.model.forward import forward
 from moshi_ttt.model.hybrid import observe_branches
 from moshi_ttt.model.lora import LoraConfig
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.model.weights import check_start, start_from
-from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty
+from moshi_ttt.teacher_forcing.losses import LossConfig, magnitude_penalty, read_clips
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from train.optim import OptimConfig, adamw, apply_settings
 from train.resume import check_resumes
@@ -152,8 +151,7 @@ class MoshiTTT(LightningModule):
         if logs or config.magnitude_reg:
             scope = observe_branches(self.lm)
         with scope as stats:
-            output = forward(self.lm, codes, heard)
-        text_loss, audio_loss = lm_losses(self.lm, output, codes, config, heard)
+            _, text_loss, audio_loss = read_clips(self.lm, codes, config, heard)
         loss = text_loss + audio_loss
         values = {"train/text_loss": text_loss, "train/audio_loss": audio_loss}
         if stats:
@@ -180,9 +178,8 @@ class MoshiTTT(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss and per-stream NLL of held-out clips."""
         codes, heard = batch["codes"], batch.get("heard")
-        output = forward(self.lm, codes, heard)
+        output, text_loss, audio_loss = read_clips(self.lm, codes, self.loss_config, heard)
         self.val_nll.update(self.lm, output, codes, heard)
-        text_loss, audio_loss = lm_losses(self.lm, output, codes, self.loss_config, heard)
         self.val_loss.update(text_loss + audio_loss, len(codes))
 
     def on_validation_epoch_end(self) -> None:

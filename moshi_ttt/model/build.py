@@ -41,11 +41,8 @@ class ModelConfig:
             f"with dtype={self.dtype} would lose small updates of the base weights; set "
             "dtype=float32 (and bf16-mixed as the trainer's precision, for speed)",
         )
-        check_fields(
-            *(self, "context_steps"),
-            **{"least": 2, "most": LONGEST_CONTEXT_STEPS},
-            remedy="use null for the checkpoint's own",
-        )
+        own = "use null for the checkpoint's own"
+        check_fields(self, "context_steps", least=2, most=LONGEST_CONTEXT_STEPS, remedy=own)
 
 
 def check_fits(config: ModelConfig, source: ModelSource) -> None:
@@ -55,11 +52,8 @@ def check_fits(config: ModelConfig, source: ModelSource) -> None:
         UserError: the memory's layers or heads, or the adapters' rank, do not fit the model.
     """
     if "lora" in config.train:
-        check_bounds(
-            *("lora.rank", config.lora.rank),
-            most=source.dim,
-            remedy="the model has no more channels; use e.g. 16",
-        )
+        remedy = "the model has no more channels; use e.g. 16"
+        check_bounds("lora.rank", config.lora.rank, most=source.dim, remedy=remedy)
     if config.train in WITH_MEMORY:
         with settings_at("memory"):
             resolve_layers(config.memory.layers, source.num_layers)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.errors import check_fields
 from moshi_ttt.model.branch import BranchStats
-from moshi_ttt.model.forward import indices
+from moshi_ttt.model.forward import forward, indices
 from moshi_ttt.rows import Rows
 
 WALL_START = 0.75  # part of the target ratio that is free of charge
@@ -109,6 +109,14 @@ def lm_losses(
     text_nll = token_nll(output.text_logits, text_targets, output.text_mask)
     audio_nll = token_nll(output.logits, audio_targets, output.mask, heard)
     return _weighted_mean(text_nll, text_weight), _weighted_mean(audio_nll, audio_weight)
+
+
+def read_clips(
+    lm: LMModel, codes: Tensor, config: LossConfig, heard: Sequence[bool] | None = None
+) -> tuple[LMOutput, Tensor, Tensor]:
+    """What the model gives for clips [B, K, T], and `lm_losses` of it."""
+    output = forward(lm, codes, heard)
+    return output, *lm_losses(lm, output, codes, config, heard)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

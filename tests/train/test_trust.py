@@ -172,8 +172,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             finally:
                 handle.remove()
 
-        monkeypatch.setattr("train.module.forward", hurt)
-        monkeypatch.setattr("train.finite.forward", hurt)
+        monkeypatch.setattr("moshi_ttt.teacher_forcing.losses.forward", hurt)
 
     return poison
 
