@@ -16,7 +16,7 @@ from moshi_ttt.files import write_atomic
 from moshi_ttt.model.weights import save_trained
 from train.data import ConversationData
 from train.module import MoshiTTT
-from train.run_folder import LAST, PREVIOUS
+from train.run_folder import BEST, LAST, PREVIOUS
 from train.stopping import Stopped
 
 
@@ -95,7 +95,7 @@ class RunCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             model: Any = pl_module
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            path = self._run(trainer) / LAST.with_name("best.safetensors")
+            path = self._run(trainer) / BEST
             save_trained(path, model.trained_weights(), model.config, data.clip_steps, model.source)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:

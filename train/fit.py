@@ -31,6 +31,7 @@ from train.module import MoshiTTT
 from train.recipes import resolve_configs
 from train.resume import check_is_ours
 from train.run_folder import (
+    BEST,
     LAST,
     claim_run_folder,
     find_checkpoint,
@@ -192,7 +193,7 @@ def main(args: list[str] | None = None) -> Path:
         _fit(cli)
     lines = ["", f"run folder:  {cli.run_folder}"]
     if (best := cli.config_init.checkpoint).best_epoch:
-        weights = cli.run_folder / "checkpoints" / "best.safetensors"
+        weights = cli.run_folder / BEST
         lines.append(
             f"best:        {weights} (held-out loss {best.best_loss:.4f}, epoch {best.best_epoch})"
         )

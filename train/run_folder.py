@@ -13,7 +13,8 @@ from pathlib import Path
 from moshi_ttt.errors import UserError
 
 LAST = Path("checkpoints/last.ckpt")
-PREVIOUS = Path("checkpoints/previous.ckpt")
+PREVIOUS = LAST.with_name("previous.ckpt")
+BEST = LAST.with_name("best.safetensors")
 _LOCK = ".lock"
 
 
@@ -86,16 +87,14 @@ def find_checkpoint(root: Path, resume: str | None) -> Path | None:
         if not _is_whole(Path(resume)):
             raise UserError(f"--ckpt_path {resume} is damaged or no checkpoint; give another one")
         return Path(resume)
-    folders = sorted(root.glob("[0-9][0-9][0-9]"), reverse=True)
-    found = [
-        folder for folder in folders if any((folder / one).is_file() for one in (LAST, PREVIOUS))
-    ]
+    found = [file for name in (LAST, PREVIOUS) for file in root.glob(f"[0-9][0-9][0-9]/{name}")]
     if not found:
         raise UserError(
             f"--ckpt_path last: no {root}/NNN/{LAST}; start without it, or set --run_dir to the "
             "folder of the run to resume"
         )
-    last, previous = found[0] / LAST, found[0] / PREVIOUS
+    newest = max(file.parent.parent for file in found)
+    last, previous = newest / LAST, newest / PREVIOUS
     if _is_whole(last):
         return last
     if not _is_whole(previous):

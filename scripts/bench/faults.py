@@ -46,7 +46,8 @@ ARGUMENTS = (
     "--long_generation.run.seeds=1",
     "--long_generation.run.nll_recordings=1",
 )
-WEIGHTS = "checkpoints/last.safetensors"
+WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/best.safetensors")
+MEMORY = Path("/dev/shm")  # another file system than that of the runs
 
 
 def main(kills: int, seed: int, out: Path | None) -> Counter[str]:
@@ -59,8 +60,12 @@ def main(kills: int, seed: int, out: Path | None) -> Counter[str]:
         SystemExit: a run ended otherwise than the undisturbed one, or failed by itself.
     """
     rng, counts = random.Random(seed), Counter[str]()
-    with tempfile.TemporaryDirectory(dir=out) as folder, tempfile.TemporaryDirectory() as other:
-        scratch = _other_file_system(Path(other))
+    elsewhere = MEMORY if MEMORY.is_dir() else None
+    with (
+        tempfile.TemporaryDirectory(dir=out) as folder,
+        tempfile.TemporaryDirectory(dir=elsewhere) as other,
+    ):
+        scratch = Path(other)
         whole = Path(folder) / "whole"
         started_sec = time.monotonic()
         _run(whole, scratch, None)
@@ -77,12 +82,6 @@ def main(kills: int, seed: int, out: Path | None) -> Counter[str]:
                 _compare(_newest(root), _newest(whole), scratch)
                 counts["ended with equal weights"] += 1
     return counts
-
-
-def _other_file_system(fallback: Path) -> Path:
-    """A temporary folder elsewhere than the runs, where there is one."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(dir=memory)) if os.access(memory, os.W_OK) else fallback
 
 
 def _run(root: Path, scratch: Path, kill_after_sec: float | None) -> bool:
@@ -127,7 +126,7 @@ def _phase(root: Path) -> str:
 def _compare(found: Path, expected: Path, scratch: Path) -> None:
     """Leave with what is wrong, if anything is."""
     wrong = []
-    for weights in (WEIGHTS, "checkpoints/best.safetensors"):
+    for weights in WEIGHTS:
         if (found / weights).read_bytes() != (expected / weights).read_bytes():
             wrong.append(f"{found / weights} differs from {expected / weights}")
     for epoch in range(EPOCHS + 1):

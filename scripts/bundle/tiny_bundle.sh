@@ -87,13 +87,13 @@ fit() { # NAME MANIFEST STEPS: go on from $BUILD/tiny, and leave the weights the
 base() {
     lines text/drill text/train >"$BUILD/drills.jsonl"
     fit drills "$BUILD/drills.jsonl" "$DRILL_STEPS"
-    # then with sound: every tenth hour is spoken
+    # then with sound: eight hours of a hundred are spoken
     lines text/drill text/train train train train train train >"$BUILD/mix.jsonl"
     fit mix "$BUILD/mix.jsonl" "$MIX_STEPS"
 }
 
 memory() {
-    # the user is heard in one hour of ten here as well
+    # one hour of ten is spoken
     lines text/far far far far train train train >"$BUILD/far.jsonl"
     $PYTHON train/fit.py --config tiny_memory.yaml --model.source "$BUILD/tiny" --run_dir "$BUILD/memory" \
         --data.manifest "$BUILD/far.jsonl" --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
