@@ -2,7 +2,7 @@
 
     python scripts/recall_study.py --study configs/study/rules.yaml
     python scripts/recall_study.py --study configs/study/rules.yaml --out runs/final \
-        --data.val_manifest build/final/manifest.jsonl
+        --trained runs/recall_study --data.val_manifest build/final/manifest.jsonl
 
 A study is a YAML file: a recipe (`model` and `data`, usually those of its `base`) and variants.
 Each has a name, the optimizer steps it trains for (0: none) and what it changes of `model`. All of
@@ -11,7 +11,8 @@ kept, taken away before each question, and exchanged, and its loss minute by min
 `OUT/NAME.json` holds the numbers, `OUT/NAME.safetensors` the weights, `OUT/recall.png` and
 `OUT/recall.md` show all of them beside one another, where `NAME_seed1` is another seed of `NAME`
 (scripts/recall_figure.py draws a choice).
-Finished variants are kept: started again, only what is missing runs. With `--free_answers N`
+Finished variants are kept: started again, only what is missing runs. With `--trained FOLDER`, the
+weights of a study that ended there are measured, on other recordings. With `--free_answers N`
 up to N questions are also answered freely: `OUT/NAME_answers/` holds what was said, and ten answers
 to listen to.
 """
@@ -119,21 +120,26 @@ def _run(variant: Mapping[str, Any], data: ConversationData, options: Any) -> di
         Its record.
     """
     out, steps, seed = Path(options.out), variant.get("steps", 0), variant.get("seed", 0)
+    name, settings = variant["name"], upon(options.model.as_dict(), variant.get("model", {}))
+    trained = Path(options.trained) / name if steps and options.trained else None
+    if trained:
+        settings["init_from"], steps = f"{trained}.safetensors", 0
     seed_everything(seed, verbose=False)
     # a memory that starts from attention draws nothing at random: the clips must differ too
     data.seed = options.data.seed + seed
-    model = _model(upon(options.model.as_dict(), variant.get("model", {})))
     started_sec = time.monotonic()
-    model = _trained(model, data, steps, options)
+    model = _trained(_model(settings), data, steps, options)
     trained_sec = time.monotonic() - started_sec
+    if trained:
+        trained_sec = read_record(Path(f"{trained}.json"))["trained_sec"]
     recordings = data.val_recordings()
     measured = _measured(model, recordings, options.minutes)
     found = {"variant": variant, "trained_sec": trained_sec, **measured}
     if options.free_answers:
-        folder = out / f"{variant['name']}_answers"
+        folder = out / f"{name}_answers"
         found["free_answers"] = _answered(model, recordings, options.free_answers, folder)
     if steps:
-        path = out / f"{variant['name']}.safetensors"
+        path = out / f"{name}.safetensors"
         save_trained(path, model.trained_weights(), model.config, data.clip_steps, model.source)
     del model
     torch.cuda.empty_cache()
@@ -220,22 +226,10 @@ def _line(name: str, found: Mapping[str, Any]) -> str:
     lines = [f"{name}: {found['trained_sec']:.0f} s, {found['parameters']:,} trained"]
     for memory, recall in found["recall"].items():
         for group, bins in recall.items():
-            shares = "  ".join(
-                f"{gap:g}s {share:.0%}/{words:.0f}"
-                for gap, share, words in zip(
-                    bins["gap_sec"], bins["accuracy"], bins["words"], strict=True
-                )
-            )
-            lines.append(f"  {memory:6} {group:13} {shares}")
+            lines.append(f"  {memory:6} {group:13} {_shares(bins, 'accuracy', 'words')}")
     for memory, recall in found.get("free_answers", {}).items():
         for group, bins in recall.items():
-            shares = "  ".join(
-                f"{gap:g}s {share:.0%}/{count}"
-                for gap, share, count in zip(
-                    bins["gap_sec"], bins["right"], bins["questions"], strict=True
-                )
-            )
-            lines.append(f"  said, {memory:6} {group:13} {shares}")
+            lines.append(f"  said, {memory:6} {group:13} {_shares(bins, 'right', 'questions')}")
     for group in GROUPS:
         values = " ".join(f"{value:.3f}" for value in found["nll"][group])
         lines.append(f"  nll {group:16} {values}")
@@ -243,6 +237,11 @@ def _line(name: str, found: Mapping[str, Any]) -> str:
     ratios = [f"{one['median']:.2f}/{one['p99']:.2f}" for one in found["branch_ratios"].values()]
     lines.append("  branch ratios (median/p99) " + " ".join(ratios))
     return "\n".join(lines)
+
+
+def _shares(bins: Mapping[str, Sequence[float]], share: str, count: str) -> str:
+    columns = zip(bins["gap_sec"], bins[share], bins[count], strict=True)
+    return "  ".join(f"{gap:g}s {right:.0%}/{of:.0f}" for gap, right, of in columns)
 
 
 def _model(settings: dict[str, Any]) -> MoshiTTT:
@@ -277,6 +276,7 @@ def _parser(recipe: Mapping[str, Any]) -> ArgumentParser:
     add("--study", type=str, required=True, help="YAML file of variants.")
     add("--only", type=str, nargs="+", help="Names of the variants to run.")
     add("--out", type=str, default="runs/recall_study", help="Folder to write.")
+    add("--trained", type=str, help="Folder of a finished study, to be measured again.")
     add("--free_answers", type=int, default=0, help="Questions to be answered freely.")
     add(
         "--minutes",

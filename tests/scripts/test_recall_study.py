@@ -127,6 +127,18 @@ def test_a_study_shows_its_variants_and_does_not_run_them_again(
         STUDY.main(arguments(folder, "--minutes=2"))
 
 
+def test_what_was_trained_is_measured_again(folder: Path) -> None:
+    again = [f"--out={folder}/again", f"--trained={folder}/out", "--only", "base", "memory"]
+    STUDY.main(arguments(folder, *again))
+    assert not list((folder / "again").glob("*.safetensors"))
+    for name in ("base", "memory"):
+        found = json.loads((folder / f"again/{name}.json").read_text())
+        expected = record(folder, name)
+        if name == "base":
+            del found["trained_sec"], expected["trained_sec"]
+        assert found == expected
+
+
 def test_variants_are_drawn_from_what_was_measured(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
