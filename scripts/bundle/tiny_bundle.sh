@@ -14,7 +14,7 @@ set -eu
 BUILD=${BUILD:-build}
 CODEC_HOURS=${CODEC_HOURS:-4}
 CODEC_MINUTES=${CODEC_MINUTES:-10}
-HOURS=${HOURS:-30}
+HOURS=${HOURS:-40}
 FAR_HOURS=${FAR_HOURS:-5}
 HELDOUT_HOURS=${HELDOUT_HOURS:-2.5}
 BUNDLE_HOURS=${BUNDLE_HOURS:-1.5}
@@ -87,13 +87,14 @@ fit() { # NAME MANIFEST STEPS: go on from $BUILD/tiny, and leave the weights the
 base() {
     lines text/drill text/train >"$BUILD/drills.jsonl"
     fit drills "$BUILD/drills.jsonl" "$DRILL_STEPS"
-    # then with sound: eight hours of a hundred are spoken
-    lines text/drill text/train train train train train train >"$BUILD/mix.jsonl"
+    # then with sound: eight hours of a hundred are spoken, and none is heard more than five times, or it would be
+    # learned by heart
+    lines text/drill text/train train train train train >"$BUILD/mix.jsonl"
     fit mix "$BUILD/mix.jsonl" "$MIX_STEPS"
 }
 
 memory() {
-    # one hour of ten is spoken
+    # one hour of eight is spoken
     lines text/far far far far train train train >"$BUILD/far.jsonl"
     $PYTHON train/fit.py --config tiny_memory.yaml --model.source "$BUILD/tiny" --run_dir "$BUILD/memory" \
         --data.manifest "$BUILD/far.jsonl" --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
