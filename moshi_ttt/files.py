@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +19,7 @@ import numpy as np
 from moshi_ttt.errors import UserError
 
 MISSING = "it does not exist"
+_TEMPORARY = ".tmp"
 
 
 def why_unreadable(path: Path) -> str | None:
@@ -70,8 +73,7 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def _write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a short name: the longest that a folder takes leaves no room for more
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}.", suffix=".tmp")
+    handle, name = _temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -87,6 +89,31 @@ def _write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(folder)  # the new name, too
     finally:
         os.close(folder)
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """An open file beside `path`, locked to say that its writer lives, and its name."""
+    while True:
+        # a short name: the longest that a folder takes leaves no room for more
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name[:32]}.", suffix=_TEMPORARY
+        )
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        if os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # taken for litter before it was locked
+
+
+def clear_litter(folder: Path) -> None:
+    """Remove what processes that were killed left half written in here, and below.
+
+    Others may be writing meanwhile: their files are locked, and stay.
+    """
+    for half in folder.rglob(f".*{_TEMPORARY}"):
+        with suppress(OSError), half.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            half.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

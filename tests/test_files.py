@@ -7,15 +7,17 @@ import io
 import json
 import os
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from data_fakes import CLOCK, FakeSource, LetterTokenizer, write_manifest
 
 from moshi_ttt.data import ManifestCheck, RecordingReader, check_manifest, read_manifest
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.files import why_unreadable, write_bytes
+from moshi_ttt.files import clear_litter, why_unreadable, write_atomic, write_bytes
 
 SECONDS = 1.0
 
@@ -150,3 +152,35 @@ def test_a_recording_that_went_away_is_named(manifest: Path, tmp_path: Path) -> 
     (manifest.parent / "a.wav").unlink()
     with pytest.raises(UserError, match=r"audio file .*a\.wav cannot be read \(it does not exist"):
         RecordingReader(FakeSource(), tmp_path / "cache").audio_codes(entries)
+
+
+def test_litter_is_what_nobody_writes_any_more(tmp_path: Path) -> None:
+    litter = tmp_path / "below/.half.abc.tmp"
+    litter.parent.mkdir()
+    litter.write_text("half")
+
+    def write(file: IO[bytes]) -> None:
+        file.write(b"whole")
+        clear_litter(tmp_path)
+        assert not litter.exists()
+
+    write_atomic(tmp_path / "a", write)
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "below"}
+
+
+def test_a_file_that_is_taken_for_litter_at_birth_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = tempfile.mkstemp, list[str]()
+
+    def made_and_cleared(**settings: Any) -> tuple[int, str]:
+        handle, name = make(**settings)
+        made.append(name)
+        if len(made) == 1:
+            clear_litter(tmp_path)
+        return handle, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", made_and_cleared)
+    write_bytes(tmp_path / "a", b"whole")
+    assert (len(made), (tmp_path / "a").read_bytes()) == (2, b"whole")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moshi_ttt.errors import UserError
+from moshi_ttt.files import clear_litter
 
 LAST = Path("checkpoints/last.ckpt")
 PREVIOUS = LAST.with_name("previous.ckpt")
@@ -66,8 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        for half in folder.rglob(".*.tmp"):
-            half.unlink(missing_ok=True)
+        clear_litter(folder)
         yield
 
 

@@ -13,7 +13,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moshi_ttt.data.json_text import PATHS_REMEDY
-from moshi_ttt.files import MISSING, require_readable, why_unreadable, write_bytes
+from moshi_ttt.files import (
+    MISSING,
+    clear_litter,
+    require_readable,
+    why_unreadable,
+    write_bytes,
+)
 
 FORMAT_VERSION = 2  # raise it when reading, resampling or encoding changes
 
@@ -24,7 +30,8 @@ class CodeCache:
     """A folder of `KEY.safetensors`; the key hashes the audio file, the codec and the settings.
 
     Writes are atomic, so processes that encode the same file at once both leave a whole one.
-    A file that does not match its own checksum counts as absent.
+    A file that does not match its own checksum counts as absent. What writers that were killed
+    left is removed.
 
     Args:
         folder: made when first written to.
@@ -33,6 +40,7 @@ class CodeCache:
 
     def __init__(self, folder: Path, settings: dict[str, str | int]) -> None:
         self.folder = folder
+        clear_litter(folder)
         self._settings = {"format": FORMAT_VERSION, **settings}
         self._audio_digests: dict[Path, str] = {}
 

@@ -20,7 +20,7 @@ from moshi_ttt.data.codes_file import (
 from moshi_ttt.data.manifest import ManifestEntry, check_manifest, read_manifest
 from moshi_ttt.data.recordings import RecordingReader
 from moshi_ttt.errors import UserError
-from moshi_ttt.files import why_unreadable, write_bytes
+from moshi_ttt.files import clear_litter, why_unreadable, write_bytes
 from moshi_ttt.model.source import ModelSource
 
 BATCH_SEC = 3600.0  # encoded with one load of the codec, then written
@@ -57,6 +57,7 @@ def encode_manifest(
     if hours is not None:
         entries = _first_hours(entries, hours, manifest)
     targets = _targets(entries, out)
+    clear_litter(out)
     distinct = list({entry.path: entry for entry in entries}.values())
     missing = [
         entry
