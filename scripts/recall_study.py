@@ -49,6 +49,7 @@ from moshi_ttt.report.study_table import study_table
 from moshi_ttt.rows import GROUPS, Rows
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 from train.data import ConversationData
+from train.finite import FiniteUpdates
 from train.fit import multiply_fast
 from train.module import MoshiTTT
 from train.recipes import load_recipe, upon
@@ -159,6 +160,7 @@ def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) 
         enable_checkpointing=False,
         enable_model_summary=False,
         logger=False,
+        callbacks=[FiniteUpdates()],
     )
     multiply_fast(trainer)
     if steps:

@@ -18,6 +18,7 @@ from moshi_ttt.data import (
     read_manifest,
 )
 from moshi_ttt.errors import UserError, check_bounds, check_setting, settings_at
+from moshi_ttt.files import MISSING, why_unreadable
 from moshi_ttt.model.source import ASSETS, ModelSource, open_source
 
 DURATION_RANGE_SEC = (15.0, 120.0)
@@ -208,7 +209,9 @@ def _find_manifest(key: str, value: str) -> Path:
     for path in (Path(value), ASSETS.parent / value):
         if path.is_file():
             return path
+    why = why_unreadable(Path(value))
+    said = f"does not exist (from {Path.cwd()})" if why == MISSING else f"cannot be read ({why})"
     raise UserError(
-        f"data.{key}={value} does not exist (from {Path.cwd()}); give a JSON-lines file of "
+        f"data.{key}={value} {said}; give a JSON-lines file of "
         '{"path": "a.wav", "duration": 24.5}'
     )

@@ -209,6 +209,11 @@ def test_validating_own_data_on_the_bundled_set_is_pointed_out(
         ("batch_size", 0, "data.batch_size=0 must be at least 1"),
         ("seed", -1, "data.seed=-1 must be at least 0"),
         ("manifest", "nowhere.jsonl", "data.manifest=nowhere.jsonl does not exist"),
+        (
+            "manifest",
+            "/dev/null",
+            "data.manifest=/dev/null cannot be read (it is a pipe or a device)",
+        ),
         ("val_manifest", "nowhere.jsonl", "data.val_manifest=nowhere.jsonl does not exist"),
     ],
 )
