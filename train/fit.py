@@ -5,6 +5,7 @@ Every field is explained by `--help`; `--print_config` prints the resolved confi
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from callbacks.long_generation import LongGeneration
 from moshi_ttt.errors import run_program, settings_at
@@ -216,6 +218,9 @@ def _fit(cli: FitCLI) -> None:
         with signals.listening():
             trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
     except Stopped as stopped:
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(signal.SIGKILL)  # the other processes may be waiting for this one
         last = cli.run_folder / LAST
         on = f"--ckpt_path {last} goes on" if last.is_file() else "nothing was trained yet"
         print(f"stopped by {stopped}: {on}", file=sys.stderr)

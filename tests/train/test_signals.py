@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.fit import FitCLI, main
@@ -137,3 +140,20 @@ def test_a_signal_before_training_says_that_nothing_is_there_to_go_on_from(
         fit([*small, f"--run_dir={tmp_path}"], At("setup", 0, send(signal.SIGTERM)))
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "stopped by SIGTERM: nothing was trained yet" in capsys.readouterr().err
+
+
+def test_the_other_processes_of_a_run_do_not_outlive_the_first(
+    small: list[str], fit: Callable[..., Path], tmp_path: Path
+) -> None:
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=1, num_nodes=1)
+    with subprocess.Popen(["sleep", "100"]) as other:
+        launcher.procs = [other]
+
+        class Launched(Callback):
+            def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+                trainer.strategy._launcher = launcher
+                send(signal.SIGTERM)()
+
+        with pytest.raises(SystemExit):
+            fit([*small, f"--run_dir={tmp_path}"], Launched())
+        assert other.wait(timeout=5) == -signal.SIGKILL
