@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -28,8 +28,8 @@ class RunCheckpoints(Checkpoint):
     epoch, so that the last steps of a finished run would be lost, and the best only as a pickle of
     the whole checkpoint; for more than these two add one of those to `trainer.callbacks`.
 
-    `last.ckpt` is written before the validation of each epoch and after its evaluation, and where
-    a signal stops the run; the one before it is kept as `previous.ckpt`.
+    `last.ckpt` is written before the validation of each epoch, or its evaluation if there is none,
+    and after that, and where a signal stops the run; the one before it is kept as `previous.ckpt`.
 
     Args:
         every_n_steps: Also save `last.ckpt` every n optimizer steps; null saves it around the end
@@ -82,9 +82,8 @@ class RunCheckpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Keep what was trained when a signal stops the run."""
-        unsaved = trainer.global_step != self._saved_step
-        if isinstance(exception, Stopped) and exception.whole and unsaved:
-            self._save(trainer)
+        if isinstance(exception, Stopped) and exception.whole:
+            self.save_new(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights if none before were as good on the held-out recordings."""
@@ -113,6 +112,11 @@ class RunCheckpoints(Checkpoint):
         """After each epoch; Lightning calls checkpoints last, so what is saved was evaluated."""
         self._save(trainer)
 
+    def save_new(self, trainer: Trainer) -> None:
+        """Save unless it is saved."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
+
     def _save(self, trainer: Trainer) -> None:
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self._run(trainer) / LAST, weights_only=False)
@@ -121,6 +125,20 @@ class RunCheckpoints(Checkpoint):
     def _run(trainer: Trainer) -> Path:
         logger: Any = trainer.logger
         return Path(logger.log_dir)
+
+
+class SaveBeforeEvaluation(Callback):
+    """Saves where an epoch ends without a validation, before a long generation; put it first.
+
+    Lightning puts checkpoints last. Later it would be too late: a signal then stops one of several
+    processes, and saving takes all of them.
+    """
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What a validation saved is saved."""
+        for one in trainer.checkpoint_callbacks:
+            if isinstance(one, RunCheckpoints):
+                one.save_new(trainer)
 
 
 class CheckpointWithWeights(TorchCheckpointIO):

@@ -26,7 +26,7 @@ from callbacks.long_generation import LongGeneration
 from moshi_ttt.errors import run_program, settings_at
 from moshi_ttt.evaluation.folder import find_evaluations
 from moshi_ttt.report import headline
-from train.checkpoints import CheckpointWithWeights, RunCheckpoints
+from train.checkpoints import CheckpointWithWeights, RunCheckpoints, SaveBeforeEvaluation
 from train.data import ConversationData
 from train.finite import FiniteUpdates
 from train.module import MoshiTTT
@@ -213,7 +213,7 @@ def _fit(cli: FitCLI) -> None:
     """Train to the end, or until a signal; then say how to go on, and exit as signals do."""
     signals = StopOnSignal()
     trainer: Any = cli.trainer
-    trainer.callbacks.insert(0, signals)
+    trainer.callbacks[:0] = signals, SaveBeforeEvaluation()
     try:
         with signals.listening():
             trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)

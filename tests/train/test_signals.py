@@ -114,10 +114,13 @@ def test_a_signal_during_long_generation_stops_at_once_and_loses_no_epoch(
     monkeypatch.setattr("callbacks.long_generation.write_report", lambda *_: None)
     monkeypatch.setattr("callbacks.long_generation.log_evaluation", lambda *_: None)
     evaluated: list[str] = []
+    last = tmp_path / "000/checkpoints/last.ckpt"
 
     def evaluate(*args: Any, label: str, **kwargs: Any) -> None:
         evaluated.append(label)
         if evaluated == ["epoch 0", "epoch 1"]:
+            # already: where there are several processes, they could no longer save it together
+            assert torch.load(last, weights_only=True)["global_step"] == 4
             send(signal.SIGTERM)()
             pytest.fail("it went on")
 
@@ -125,12 +128,12 @@ def test_a_signal_during_long_generation_stops_at_once_and_loses_no_epoch(
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 128 + signal.SIGTERM
-    kept = torch.load(tmp_path / "000/checkpoints/last.ckpt", weights_only=True)
-    assert kept["global_step"] == 4
+    assert torch.load(last, weights_only=True)["global_step"] == 4
     folder = main([*arguments, "--ckpt_path=last"])
     # with validation the run goes on before it, and evaluates epoch 1 again
     assert evaluated == ["epoch 0", "epoch 1", *(["epoch 1"] * validates), "epoch 2"]
-    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
+    assert folder == last.parents[1]
+    assert torch.load(last, weights_only=True)["global_step"] == 8
 
 
 def test_a_signal_before_training_says_that_nothing_is_there_to_go_on_from(
