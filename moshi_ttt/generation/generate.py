@@ -81,7 +81,10 @@ def generate(
         on_text_hook=forcing.force_text,
         on_audio_hook=forcing.force_audio,
     )
-    frames: list[Tensor] = []
+    # room for all of it at once: a small tensor a step would pile up over a long run
+    delay = lm_gen.max_delay  # steps that give no frame yet
+    shape = (streams, Rows.of(lm).spoken.stop, max(0, steps - delay))
+    frames = torch.full(shape, -1, device=lm.device)
     with ExitStack() as scope:
         scope.enter_context(lm_gen.streaming(streams))
         for observer in observers:
@@ -90,12 +93,12 @@ def generate(
             forcing.step = step
             frame = lm_gen.step(user[:, :, max(0, step - 1), None])
             if frame is not None:
-                frames.append(frame.clone())
+                frames[:, :, step - delay] = frame[..., 0]
             for observer in observers:
                 observer.after_step(step)
         for observer in observers:
             observer.finish(steps)
-    return torch.cat(frames, dim=-1)
+    return frames
 
 
 class _Forcing:

@@ -82,15 +82,15 @@ class MemorySwaps:
 
 @dataclass
 class _BranchState(State):
-    rule: MemoryRule
     memory: MemoryState  # buffers at fixed addresses, so that a CUDA graph sees them change
+    start: MemoryState  # of one row; not the rule, or a saved state would hold its slow weights
 
     def commit(self, memory: MemoryState) -> None:
         self._write(self.exec_mask, memory)
 
     def reset(self, reset_mask: Tensor) -> None:
         super().reset(reset_mask)
-        self._write(reset_mask, self.rule.init_state(self.batch_size))
+        self._write(reset_mask, self.start)
 
     @torch.no_grad()
     def _write(self, rows: Tensor, memory: MemoryState) -> None:
@@ -134,12 +134,15 @@ class MemoryBranch(StreamingModule[_BranchState]):
         """What replaces the memory in the middle of a parallel forward."""
 
     def _init_streaming_state(self, batch_size: int) -> _BranchState:
-        with torch.no_grad():
-            memory = {
-                name: tensor.clone(memory_format=torch.contiguous_format)
-                for name, tensor in self.rule.init_state(batch_size).items()
-            }
-        return _BranchState(batch_size, self.gate.device, self.rule, memory)
+        memory, start = self._initial(batch_size), self._initial(1)
+        return _BranchState(batch_size, self.gate.device, memory, start)
+
+    @torch.no_grad()
+    def _initial(self, rows: int) -> MemoryState:
+        return {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.rule.init_state(rows).items()
+        }
 
     def updates(self) -> Tensor:
         """Inner updates of each row since its reset, int64 [B]; the streaming state itself."""
