@@ -17,10 +17,12 @@ class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def program_parser(description: str | None) -> ArgumentParser:
-    """A parser of the program that `description`, its docstring, tells of."""
+    """A parser of the program that `description`, its docstring, tells of, by whole names."""
     # the docstring under each config field is its help text
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(description=description, formatter_class=_HelpFormatter)
+    return ArgumentParser(
+        description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
 
 
 def parse(parser: ArgumentParser, args: Sequence[str] | None, **settings: Any) -> Any:

@@ -31,6 +31,12 @@ def test_dashes_in_flags_mean_underscores_and_stay_in_values() -> None:
             assert parse(parser(), args).cache_dir == Path("a-b/c")
 
 
+def test_names_are_given_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(parser(), ["--cache_di", "a"])
+    assert "unrecognized arguments: --cache_di" in capsys.readouterr().err
+
+
 def test_sources_are_names_and_checkpoints_are_paths() -> None:
     options = parse(parser(), ["--model", "tiny", "a/b", "--checkpoint", "x/last.ckpt"])
     assert options.model == ["tiny", "a/b"]

@@ -23,14 +23,14 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from callbacks.long_generation import LongGeneration
-from moshi_ttt.errors import run_program, settings_at
+from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.folder import find_evaluations
 from moshi_ttt.report import headline
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints, SaveBeforeEvaluation
 from train.data import ConversationData
 from train.finite import FiniteUpdates
 from train.module import MoshiTTT
-from train.recipes import resolve_configs
+from train.recipes import CONFIGS, resolve_configs
 from train.resume import check_is_ours
 from train.run_folder import (
     BEST,
@@ -53,7 +53,7 @@ class FitCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that lets a config name the recipe it builds on."""
-        return super().init_parser(parser_mode="recipe", **kwargs)
+        return super().init_parser(parser_mode="recipe", allow_abbrev=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to a run and not to model, data or trainer."""
@@ -178,6 +178,9 @@ def main(args: list[str] | None = None) -> Path:
 
     Returns:
         The run folder.
+
+    Raises:
+        UserError: no recipe is given, or something in it cannot be used.
     """
     cli = FitCLI(
         MoshiTTT,
@@ -189,6 +192,11 @@ def main(args: list[str] | None = None) -> Path:
         save_config_callback=SaveConfigLate,
         save_config_kwargs={"overwrite": True},
     )
+    if not cli.config.get("config"):
+        raise UserError(
+            "nothing says what to train; give a recipe: python train/fit.py --config long60s.yaml "
+            f"({CONFIGS} has others)"
+        )
     cli.model.check()
     multiply_fast(cli.trainer)
     with cli.writing():

@@ -149,6 +149,7 @@ def test_the_recipes_of_the_bundle_train_moshi_alone_and_then_a_memory_alone(
         ("--long_generation.every_n_epochs=-1", "long_generation.every_n_epochs=-1 must be"),
         ("--model.optim.lr_memory=-1", "model.optim.lr_memory=-1"),
         ("--model.train=everything", "everything"),
+        ("--model.memory.rul=gated_delta", "unrecognized arguments: --model.memory.rul"),
         ("--long_generation.run.prompts=0", "long_generation.run.prompts=0 must be at least 1"),
         ("--data.manifest=nowhere.jsonl", "data.manifest=nowhere.jsonl"),
         ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt does not exist"),
@@ -167,6 +168,12 @@ def test_mistakes_are_refused_before_anything_is_loaded_and_name_their_key(
     with pytest.raises((SystemExit, UserError)) as error:
         parse("--config", "long60s.yaml", argument)
     assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_without_a_recipe_it_is_said_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"python train/fit\.py --config long60s\.yaml"):
+        main([f"--run_dir={tmp_path}"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_explains_every_field_of_every_config(capsys: pytest.CaptureFixture[str]) -> None:
