@@ -79,8 +79,8 @@ def _write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+            Path(name).chmod(0o644)
+            Path(name).replace(path)  # closed, it would count as litter
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
