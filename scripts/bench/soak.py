@@ -13,7 +13,6 @@ hidden state or fast weights that go on growing.
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from moshi_ttt.rows import Rows
 PARTS, PROMPT_STEPS = 10, 10
 MIB = 2**20
 # what a run may do, most of it against its first tenth
-RSS_GROWTH_MIB, CUDA_GROWTH_MIB = 8.0, 1.0
+PROCESS_GROWTH_MIB, CUDA_GROWTH_MIB = 8.0, 1.0
 SLOWER, P99_TO_MEDIAN = 1.25, 5.0
 LARGER = 2.0
 
@@ -55,7 +54,7 @@ class Health(Observer):
         self._lm = lm
         self._ends = set(edges(steps)[1:])
         self._finite = torch.ones((), dtype=torch.bool, device=lm.device)
-        self.rss_mib: list[float] = []
+        self.anonymous_mib: list[float] = []
         self.cuda_mib: list[float] = []
 
     @contextmanager
@@ -74,8 +73,9 @@ class Health(Observer):
         """Read the memory, if it is time to."""
         if step + 1 in self._ends:
             gc.collect()  # what holds itself in cycles waits for Python, for thousands of steps
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.rss_mib.append(pages * os.sysconf("SC_PAGE_SIZE") / MIB)
+            # not what it maps of files, which comes and goes as the machine needs room
+            status = Path("/proc/self/status").read_text()
+            self.anonymous_mib.append(int(status.split("RssAnon:")[1].split()[0]) / 1024)
             self.cuda_mib.append(torch.cuda.memory_allocated() / MIB)
 
     @property
@@ -91,7 +91,7 @@ class Part:
     first_step: int
     median_ms: float
     p99_ms: float
-    rss_mib: float
+    anonymous_mib: float
     cuda_mib: float
     hidden_norm: float
     branch_ratio: float
@@ -128,7 +128,7 @@ def soak(lm: LMModel, streams: int, steps: int) -> tuple[list[Part], list[str]]:
                 first,
                 float(np.median(step_ms)),
                 float(np.percentile(step_ms, 99)),
-                health.rss_mib[part],
+                health.anonymous_mib[part],
                 health.cuda_mib[part],
                 *largest,
             )
@@ -143,7 +143,7 @@ def wrong_with(parts: list[Part], bound: float) -> list[str]:
     """What is wrong with the tenths of a run whose branches may have at most `bound` as ratio."""
     first, last, wrong = parts[0], parts[-1], []
     for name, grown, allowed in (
-        ("process", last.rss_mib - first.rss_mib, RSS_GROWTH_MIB),
+        ("process", last.anonymous_mib - first.anonymous_mib, PROCESS_GROWTH_MIB),
         ("GPU", last.cuda_mib - first.cuda_mib, CUDA_GROWTH_MIB),
     ):
         if grown > allowed:
@@ -177,11 +177,11 @@ def _bound(lm: LMModel) -> float:
 
 
 def _table(parts: list[Part]) -> str:
-    lines = ["from step  median ms  p99/median  RSS MiB  CUDA MiB  hidden  branch/x  fast weights"]
+    lines = ["from step  median ms  p99/median  anon MiB  CUDA MiB  hidden  branch/x  fast weights"]
     for part in parts:
         lines.append(
             f"{part.first_step:9} {part.median_ms:10.2f} {part.p99_ms / part.median_ms:11.2f}"
-            f" {part.rss_mib:8.1f} {part.cuda_mib:9.1f} {part.hidden_norm:7.1f}"
+            f" {part.anonymous_mib:9.1f} {part.cuda_mib:9.1f} {part.hidden_norm:7.1f}"
             f" {part.branch_ratio:9.4f} {part.fast_weight_norm:13.2f}"
         )
     return "\n".join(lines)

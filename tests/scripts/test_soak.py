@@ -19,7 +19,7 @@ def test_a_steady_run_is_all_right() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("rss_mib", 520.0, "memory of the process grew by 20.0 MiB"),
+        ("anonymous_mib", 520.0, "memory of the process grew by 20.0 MiB"),
         ("cuda_mib", 75.0, "memory of the GPU grew by 5.0 MiB"),
         ("median_ms", 29.0, "a step went from 20.00 to 29.00 ms"),
         ("p99_ms", 150.0, "from step 900 on p99 is 150.0 ms"),
