@@ -105,12 +105,14 @@ def _temporary(path: Path) -> tuple[int, str]:
         os.close(handle)  # taken for litter before it was locked
 
 
-def clear_litter(folder: Path) -> None:
+def clear_litter(folder: Path, *, below: bool = True) -> None:
     """Remove what processes that were killed left half written in here, and below.
 
-    Others may be writing meanwhile: their files are locked, and stay.
+    Others may be writing meanwhile: their files are locked, and stay. Not `below` in a folder that
+    people choose: what lies under it may be theirs.
     """
-    for half in folder.rglob(f".*{_TEMPORARY}"):
+    pattern = f".*{_TEMPORARY}"
+    for half in folder.rglob(pattern) if below else folder.glob(pattern):
         with suppress(OSError), half.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             half.unlink()

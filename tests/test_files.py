@@ -158,6 +158,8 @@ def test_litter_is_what_nobody_writes_any_more(tmp_path: Path) -> None:
     litter = tmp_path / "below/.half.abc.tmp"
     litter.parent.mkdir()
     litter.write_text("half")
+    clear_litter(tmp_path, below=False)
+    assert litter.exists()
 
     def write(file: IO[bytes]) -> None:
         file.write(b"whole")

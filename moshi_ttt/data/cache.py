@@ -40,7 +40,7 @@ class CodeCache:
 
     def __init__(self, folder: Path, settings: dict[str, str | int]) -> None:
         self.folder = folder
-        clear_litter(folder)
+        clear_litter(folder, below=False)
         self._settings = {"format": FORMAT_VERSION, **settings}
         self._audio_digests: dict[Path, str] = {}
 

@@ -57,7 +57,7 @@ def encode_manifest(
     if hours is not None:
         entries = _first_hours(entries, hours, manifest)
     targets = _targets(entries, out)
-    clear_litter(out)
+    clear_litter(out, below=False)
     distinct = list({entry.path: entry for entry in entries}.values())
     missing = [
         entry
