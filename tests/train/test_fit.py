@@ -155,12 +155,12 @@ class Interrupt(Callback):
             raise RuntimeError("power cut")
 
 
-@pytest.mark.parametrize("at_step", [3, 4])
+@pytest.mark.parametrize("at_step", [3, 4, 6])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     small: list[str], tmp_path: Path, at_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # step 3 is in the middle of an epoch, 4 the last one before a validation. Dropout needs the
-    # random state too
+    # steps 3 and 6 are in the middle of epochs, one after its checkpoint and one at it; 4 is the
+    # last one before the validation of epoch 0. Dropout needs the random state too
     args = [
         *small,
         "--model.train=memory+lora",
