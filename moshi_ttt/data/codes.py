@@ -7,7 +7,7 @@ from moshi.models.compression import MimiModel
 from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import Tensor, nn
 
-MAX_PIECE_STEPS = 3000  # 240 s; Mimi's attention needs memory in the square of it
+MAX_PIECE_STEPS = 3000  # 240 s; attention needs time and memory in the square of it
 CONVOLUTION_STEPS = 13  # 1.04 s; Mimi's convolutions look back 0.3 s
 
 
@@ -39,10 +39,9 @@ def _encode_channel(codec: MimiModel, samples: Tensor, max_piece_steps: int) -> 
     """[samples] -> [K, T] int64 on the CPU."""
     step_samples = codec.frame_size
     steps = -(-len(samples) // step_samples)
-    past_steps = 0
-    if steps > max_piece_steps:
-        past_steps = visible_past_steps(codec, codec.encoder_transformer)
-    piece_steps = max(max_piece_steps, 2 * past_steps)
+    past_steps = visible_past_steps(codec, codec.encoder_transformer)
+    # a codec that sees less is cut finer: a fifth of each piece is past that is read again
+    piece_steps = max(2 * past_steps, min(max_piece_steps, 5 * past_steps))
     pieces = []
     done = 0
     while done < steps:

@@ -31,9 +31,11 @@ class LoudnessCodec(nn.Module):
     """Two "codebooks" a channel, functions of each step's loudest sample."""
 
     frame_size = CLOCK.samples_per_step
+    frame_rate = encoder_frame_rate = 12.5
 
     def __init__(self) -> None:
         super().__init__()
+        self.encoder_transformer = nn.Identity()  # sees no past
         self.weight = nn.Parameter(torch.zeros(3))
         self.encoded: list[str] = []
 
