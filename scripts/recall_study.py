@@ -8,17 +8,19 @@ A study is a YAML file: a recipe (`model` and `data`, usually those of its `base
 Each has a name, the optimizer steps it trains for (0: none) and what it changes of `model`. All of
 one `seed` see the same clips in the same order. After each its recall is measured with the memory
 kept, taken away before each question, and exchanged, and its loss minute by minute;
-`OUT/NAME.json` holds the numbers, `OUT/NAME.safetensors` the weights, `OUT/recall.png` and
+`OUT/NAME.json` holds the numbers, `OUT/trained/NAME.safetensors` the weights, `OUT/recall.png` and
 `OUT/recall.md` show all of them beside one another, where `NAME_seed1` is another seed of `NAME`
 (scripts/recall_figure.py draws a choice).
-Finished variants are kept: started again, only what is missing runs. With `--trained FOLDER`, the
-weights of a study that ended there are measured, on other recordings. With `--free_answers N`
+What is trained and what is measured is kept: started again, only what is missing runs. A machine
+with a GPU may do the one (`--train_only`) and another machine the rest. With `--trained FOLDER`,
+the weights of a study in that folder are measured, on other recordings. With `--free_answers N`
 up to N questions are also answered freely: `OUT/NAME_answers/` holds what was said, and ten answers
 to listen to.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,9 +46,9 @@ from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import open_source
 from moshi_ttt.model.weights import save_trained
 from moshi_ttt.report import png
-from moshi_ttt.report.study import Record, read_record, study_figure, variants_of
+from moshi_ttt.report.study import Record, read_record, record_lines, study_figure, variants_of
 from moshi_ttt.report.study_table import study_table
-from moshi_ttt.rows import GROUPS, Rows
+from moshi_ttt.rows import Rows
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 from train.data import ConversationData
 from train.finite import FiniteUpdates
@@ -80,12 +82,14 @@ def main(args: list[str] | None = None) -> dict[str, Record]:
         if name not in finished:
             print(f"{name} ...", flush=True)
             found = _run(variant, data, options)
-            write_json(out / f"{name}.json", found)
-            print(_line(name, found), flush=True)
+            if found:
+                write_json(out / f"{name}.json", found)
+                print(record_lines(name, found), flush=True)
     # once more: another process may have run others of them
     records = _records(out, variants)
     shown = variants_of([*records.values()])
-    write_bytes(out / "recall.md", study_table(shown).encode())
+    if records:
+        write_bytes(out / "recall.md", study_table(shown).encode())
     if any(record["recall"] for record in records.values()):
         write_bytes(out / "recall.png", png(study_figure(shown)))
     return records
@@ -114,40 +118,46 @@ def _check_minutes(options: Any, recordings: Sequence[EncodedRecording]) -> None
     )
 
 
-def _run(variant: Mapping[str, Any], data: ConversationData, options: Any) -> dict[str, Any]:
-    """Train and measure one variant, and keep its weights.
+def _run(variant: Mapping[str, Any], data: ConversationData, options: Any) -> Record | None:
+    """Train one variant unless it is trained, and measure it.
 
     Returns:
-        Its record.
+        Its record; None if it was only to be trained.
     """
-    out, steps, seed = Path(options.out), variant.get("steps", 0), variant.get("seed", 0)
-    name, settings = variant["name"], upon(options.model.as_dict(), variant.get("model", {}))
-    trained = Path(options.trained) / name if steps and options.trained else None
-    if trained:
-        settings["init_from"], steps = f"{trained}.safetensors", 0
+    name, steps, seed = variant["name"], variant.get("steps", 0), variant.get("seed", 0)
+    settings = upon(options.model.as_dict(), variant.get("model", {}))
+    trained = Path(options.trained or options.out) / "trained" / name
+    times, weights = Path(f"{trained}.json"), Path(f"{trained}.safetensors")
     seed_everything(seed, verbose=False)
     # a memory that starts from attention draws nothing at random: the clips must differ too
     data.seed = options.data.seed + seed
-    started_sec = time.monotonic()
-    model = _trained(_model(settings), data, steps, options)
-    trained_sec = time.monotonic() - started_sec
-    if trained:
-        trained_sec = read_record(Path(f"{trained}.json"))["trained_sec"]
+    if steps and not times.exists():
+        if options.trained:
+            raise UserError(f"--trained {options.trained}: {weights} was not trained there")
+        started_sec = time.monotonic()
+        model = _built(_model(settings), data, steps, options)
+        save_trained(weights, model.trained_weights(), model.config, data.clip_steps, model.source)
+        write_json(times, {"trained_sec": time.monotonic() - started_sec})
+        del model
+        torch.cuda.empty_cache()
+    if options.train_only:
+        return None
+    if steps:
+        settings["init_from"] = str(weights)
+    model = _built(_model(settings), data, 0, options)
     recordings = data.val_recordings()
+    trained_sec = json.loads(times.read_text())["trained_sec"] if steps else 0.0
     measured = _measured(model, recordings, options.minutes)
     found = {"variant": variant, "trained_sec": trained_sec, **measured}
     if options.free_answers:
-        folder = out / f"{name}_answers"
+        folder = Path(options.out) / f"{name}_answers"
         found["free_answers"] = _answered(model, recordings, options.free_answers, folder)
-    if steps:
-        path = out / f"{name}.safetensors"
-        save_trained(path, model.trained_weights(), model.config, data.clip_steps, model.source)
     del model
     torch.cuda.empty_cache()
     return found
 
 
-def _trained(model: MoshiTTT, data: ConversationData, steps: int, options: Any) -> MoshiTTT:
+def _built(model: MoshiTTT, data: ConversationData, steps: int, options: Any) -> MoshiTTT:
     """Fit for a number of optimizer steps; with 0, only build."""
     trainer = Trainer(
         max_steps=max(steps, 1),
@@ -223,29 +233,6 @@ def _answered(
     return shares
 
 
-def _line(name: str, found: Mapping[str, Any]) -> str:
-    """What came of one variant, on a few lines."""
-    lines = [f"{name}: {found['trained_sec']:.0f} s, {found['parameters']:,} trained"]
-    for memory, recall in found["recall"].items():
-        for group, bins in recall.items():
-            lines.append(f"  {memory:6} {group:13} {_shares(bins, 'accuracy', 'words')}")
-    for memory, recall in found.get("free_answers", {}).items():
-        for group, bins in recall.items():
-            lines.append(f"  said, {memory:6} {group:13} {_shares(bins, 'right', 'questions')}")
-    for group in GROUPS:
-        values = " ".join(f"{value:.3f}" for value in found["nll"][group])
-        lines.append(f"  nll {group:16} {values}")
-    lines.append("  gates " + " ".join(f"{gate:.2f}" for gate in found["gates"].values()))
-    ratios = [f"{one['median']:.2f}/{one['p99']:.2f}" for one in found["branch_ratios"].values()]
-    lines.append("  branch ratios (median/p99) " + " ".join(ratios))
-    return "\n".join(lines)
-
-
-def _shares(bins: Mapping[str, Sequence[float]], share: str, count: str) -> str:
-    columns = zip(bins["gap_sec"], bins[share], bins[count], strict=True)
-    return "  ".join(f"{gap:g}s {right:.0%}/{of:.0f}" for gap, right, of in columns)
-
-
 def _model(settings: dict[str, Any]) -> MoshiTTT:
     """Built as the command line builds it; unknown keys are errors."""
     parser = ArgumentParser()
@@ -279,6 +266,7 @@ def _parser(recipe: Mapping[str, Any]) -> ArgumentParser:
     add("--only", type=str, nargs="+", help="Names of the variants to run.")
     add("--out", type=str, default="runs/recall_study", help="Folder to write.")
     add("--trained", type=str, help="Folder of a finished study, to be measured again.")
+    add("--train_only", action="store_true", help="Measure nothing: another call does.")
     add("--free_answers", type=int, default=0, help="Questions to be answered freely.")
     add(
         "--minutes",

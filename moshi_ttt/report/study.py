@@ -30,6 +30,7 @@ from moshi_ttt.report.recall import (
     shown_groups,
 )
 from moshi_ttt.report.style import COLORS, legend_below, run_colors, side_note, styled
+from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.recall import wilson_interval
 
 Record = Mapping[str, Any]
@@ -60,6 +61,29 @@ def read_record(path: Path) -> Record:
             "away and start the study again, which runs what is missing"
         )
     return record
+
+
+def record_lines(name: str, found: Record) -> str:
+    """What came of one variant, on a few lines."""
+    lines = [f"{name}: {found['trained_sec']:.0f} s, {found['parameters']:,} trained"]
+    for memory, recall in found["recall"].items():
+        for group, bins in recall.items():
+            lines.append(f"  {memory:6} {group:13} {_shares(bins, 'accuracy', 'words')}")
+    for memory, recall in found.get("free_answers", {}).items():
+        for group, bins in recall.items():
+            lines.append(f"  said, {memory:6} {group:13} {_shares(bins, 'right', 'questions')}")
+    for group in GROUPS:
+        values = " ".join(f"{value:.3f}" for value in found["nll"][group])
+        lines.append(f"  nll {group:16} {values}")
+    lines.append("  gates " + " ".join(f"{gate:.2f}" for gate in found["gates"].values()))
+    ratios = [f"{one['median']:.2f}/{one['p99']:.2f}" for one in found["branch_ratios"].values()]
+    lines.append("  branch ratios (median/p99) " + " ".join(ratios))
+    return "\n".join(lines)
+
+
+def _shares(bins: Mapping[str, Sequence[float]], share: str, count: str) -> str:
+    columns = zip(bins["gap_sec"], bins[share], bins[count], strict=True)
+    return "  ".join(f"{gap:g}s {right:.0%}/{of:.0f}" for gap, right, of in columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,12 +97,12 @@ def test_a_record_holds_recall_loss_and_loudness_of_its_variant(folder: Path) ->
     for found in memory["branch_ratios"].values():
         assert 0 < found["median"] < found["p95"] < found["p99"] <= found["max"] < 0.4
     assert base["gates"] == base["branch_ratios"] == {}
-    assert not (folder / "out/base.safetensors").exists()
+    assert not (folder / "out/trained/base.safetensors").exists()
 
 
 def test_seeds_read_other_clips(folder: Path) -> None:
     # from attention, nothing else is random
-    weights = [load_file(folder / f"out/{one['name']}.safetensors") for one in VARIANTS[1:]]
+    weights = [load_file(folder / f"out/trained/{one['name']}.safetensors") for one in VARIANTS[1:]]
     assert weights[0].keys() == weights[1].keys()
     assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -130,13 +130,27 @@ def test_a_study_shows_its_variants_and_does_not_run_them_again(
 def test_what_was_trained_is_measured_again(folder: Path) -> None:
     again = [f"--out={folder}/again", f"--trained={folder}/out", "--only", "base", "memory"]
     STUDY.main(arguments(folder, *again))
-    assert not list((folder / "again").glob("*.safetensors"))
+    assert not list((folder / "again").rglob("*.safetensors"))
     for name in ("base", "memory"):
         found = json.loads((folder / f"again/{name}.json").read_text())
-        expected = record(folder, name)
-        if name == "base":
-            del found["trained_sec"], expected["trained_sec"]
-        assert found == expected
+        assert found == record(folder, name)
+    elsewhere = [f"--out={folder}/x", f"--trained={folder}/again", "--only", "memory"]
+    with pytest.raises(UserError, match=r"--trained .*again: .*memory\.saf.* not trained"):
+        STUDY.main(arguments(folder, *elsewhere))
+
+
+def test_one_machine_trains_and_another_measures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = [f"--out={folder}/there", "--only", "memory"]
+    with monkeypatch.context() as patch:
+        patch.setattr(STUDY, "_measured", None)
+        assert STUDY.main(arguments(folder, *there, "--train_only")) == {}
+    assert [path.name for path in (folder / "there").iterdir()] == ["trained"]
+    monkeypatch.setattr(STUDY.Trainer, "fit", None)
+    found = STUDY.main(arguments(folder, *there))["memory"]
+    assert found["trained_sec"] > 0
+    assert found["recall"] == record(folder, "memory")["recall"]
 
 
 def test_variants_are_drawn_from_what_was_measured(
