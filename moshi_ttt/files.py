@@ -118,6 +118,37 @@ def clear_litter(folder: Path, *, below: bool = True) -> None:
             half.unlink()
 
 
+def next_folder(root: Path) -> Path:
+    """The first unused `root/000`, `root/001`, ...; nothing is ever overwritten."""
+    taken = [int(path.name) for path in root.glob("[0-9][0-9][0-9]")]
+    return root / f"{max(taken, default=-1) + 1:03d}"
+
+
+def claim_folder(root: Path, setting: str) -> Path:
+    """Make the next one; of several runs that start at once each gets its own.
+
+    Args:
+        root: what people chose.
+        setting: how they chose it, for the errors.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    while True:
+        folder = next_folder(root)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not root.is_dir():
+                raise UserError(f"{setting}={root} is not a folder; give another one") from None
+        except OSError as error:
+            raise UserError(
+                f"{setting}={root} cannot be written to ({error.strerror}); give another folder"
+            ) from error
+        else:
+            return folder
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content`, atomically."""
     write_atomic(path, lambda file: file.write(content))

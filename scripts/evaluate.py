@@ -5,7 +5,9 @@
     python scripts/evaluate.py --model tiny --log_interval 100 | grep event=ring_turn
     python scripts/evaluate.py --compare runs/long60s/000 runs/evaluate/tiny_120s
 
-The same instrumented generation as after each training epoch, and the same report.
+The same instrumented generation as after each training epoch, and the same report. Nothing is
+overwritten: each call writes to a new folder, `OUT/000`, `OUT/001`, ..., with its settings in
+`config.yaml`; an `OUT` given to `--compare` means the newest of them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
-from moshi_ttt.evaluation.folder import Evaluation
+from moshi_ttt.evaluation.folder import CONFIG, Evaluation, find_evaluations
+from moshi_ttt.files import claim_folder, write_bytes
 from moshi_ttt.model.subject import open_subject, short_name
 from moshi_ttt.report import compare_report, headline, write_report
 
@@ -32,12 +35,16 @@ def main(args: list[str] | None = None) -> Path:
     Returns:
         The report.
     """
-    options = parse(_parser(), args)
+    parser = _parser()
+    options = parse(parser, args)
     chosen = [name for name in ("checkpoint", "model", "compare") if getattr(options, name)]
     if len(chosen) != 1:
         raise UserError("give exactly one of --checkpoint FILE, --model SOURCE, --compare RUN RUN")
     if options.compare:
-        return compare_report(options.compare, options.out or Path("runs/compare.html"))
+        for folder in options.compare:
+            find_evaluations(folder)
+        out = claim_folder(options.out or Path("runs/compare"), "--out")
+        return compare_report(options.compare, out / "report.html")
     subject = open_subject(
         options.checkpoint or options.model,
         options.device,
@@ -55,13 +62,14 @@ def main(args: list[str] | None = None) -> Path:
     assert lm.context is not None
     seconds = round(source.clock.seconds(run.steps(source.clock, lm.context)))
     if options.checkpoint:
-        beside = options.checkpoint.parent.parent / "evaluate"
-        default_out = beside / f"{options.checkpoint.stem}_{seconds}s"
+        beside, name = options.checkpoint.parent.parent / "evaluate", options.checkpoint.stem
     else:
-        default_out = Path("runs/evaluate") / f"{short_name(options.model)}_{seconds}s"
-    out = options.out or default_out
+        beside, name = Path("runs/evaluate"), short_name(options.model)
+    context = f"_C{options.context_steps}" if options.context_steps else ""
     manifest = options.manifest or bundled_held_out(source)
     recordings = read_recordings(source, manifest, options.cache_dir)
+    out = claim_folder(options.out or beside / f"{name}_{seconds}s{context}", "--out")
+    write_bytes(out / CONFIG, parser.dump(options).encode())
     folder = out / "longgen" / "evaluation"
     with settings_at("run"):
         evaluate(
@@ -93,7 +101,7 @@ def _parser() -> ArgumentParser:
     )
     add_held_out(parser)
     add_device(parser)
-    add("--out", type=Path, help="Folder (or file, with --compare) to write.")
+    add("--out", type=Path, help="Folder to write a new one in; null: named after what is asked.")
     parser.add_class_arguments(LongRunConfig, "run", skip={"seconds", "log_interval_steps"})
     return parser
 

@@ -25,6 +25,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from callbacks.long_generation import LongGeneration
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.folder import find_evaluations
+from moshi_ttt.files import claim_folder, next_folder
 from moshi_ttt.report import headline
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints, SaveBeforeEvaluation
 from train.data import ConversationData
@@ -32,15 +33,7 @@ from train.finite import FiniteUpdates
 from train.module import MoshiTTT
 from train.recipes import CONFIGS, resolve_configs
 from train.resume import check_is_ours
-from train.run_folder import (
-    BEST,
-    LAST,
-    claim_run_folder,
-    find_checkpoint,
-    folder_of,
-    locked,
-    next_run_folder,
-)
+from train.run_folder import BEST, LAST, find_checkpoint, folder_of, locked
 from train.stopping import StopOnSignal, Stopped
 from train.trainer_settings import check_trainer, trainer_errors
 
@@ -90,7 +83,7 @@ class FitCLI(LightningCLI):
         if self.ckpt_path is not None:
             check_is_ours(self.ckpt_path)
         resumed = folder_of(self.ckpt_path, root) if self.ckpt_path else None
-        self.run_folder = resumed or next_run_folder(root)
+        self.run_folder = resumed or next_folder(root)
         self._is_new = resumed is None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -127,7 +120,7 @@ class FitCLI(LightningCLI):
         lock: AbstractContextManager[None] = nullcontext()
         if self.trainer.is_global_zero:  # the others write nothing
             if self._is_new:
-                self.run_folder = claim_run_folder(Path(self.config.run_dir))
+                self.run_folder = claim_folder(Path(self.config.run_dir), "run_dir")
             lock = locked(self.run_folder)
         with lock:
             if self.ckpt_path is not None:

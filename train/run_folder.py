@@ -19,33 +19,6 @@ BEST = LAST.with_name("best.safetensors")
 _LOCK = ".lock"
 
 
-def next_run_folder(root: Path) -> Path:
-    """The first unused `root/000`, `root/001`, ...; nothing is ever overwritten."""
-    taken = [int(path.name) for path in root.glob("[0-9][0-9][0-9]")]
-    return root / f"{max(taken, default=-1) + 1:03d}"
-
-
-def claim_run_folder(root: Path) -> Path:
-    """Make the next one; of several runs that start at once each gets its own.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    while True:
-        folder = next_run_folder(root)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if not root.is_dir():
-                raise UserError(f"run_dir={root} is not a folder; give another one") from None
-        except OSError as error:
-            raise UserError(
-                f"run_dir={root} cannot be written to ({error.strerror}); give another folder"
-            ) from error
-        else:
-            return folder
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to a run in here.

@@ -38,6 +38,8 @@ from moshi_ttt.instruments.trace import Trace
 
 EVENTS, NLL, QUALITY = "events.jsonl", "nll.json", "quality.json"
 PROBES, AUDIO, SUMMARY = "probes.json", "audio", "summary.json"
+CONFIG = "config.yaml"
+"""The settings, in the folder of a run or of scripts/evaluate.py."""
 CUT = "_at_"  # between the name of a stream and that of a position
 
 logger = logging.getLogger(__name__)
@@ -201,7 +203,8 @@ def find_evaluations(folder: Path) -> list[Evaluation]:
     """Complete evaluations of a run, in the order of their folder names.
 
     Args:
-        folder: a run (`RUN/longgen/*` is searched) or one evaluation folder.
+        folder: a run (`RUN/longgen/*` is searched), one evaluation folder, or a folder of numbered
+            runs, of which the newest that has any is meant.
 
     Raises:
         UserError: there is none.
@@ -209,6 +212,8 @@ def find_evaluations(folder: Path) -> list[Evaluation]:
     if (folder / SUMMARY).exists():
         return [Evaluation.load(folder)]
     found = sorted(path.parent for path in (folder / "longgen").glob(f"*/{SUMMARY}"))
+    if not found and (numbered := sorted(folder.glob(f"[0-9][0-9][0-9]/longgen/*/{SUMMARY}"))):
+        return find_evaluations(numbered[-1].parents[2])
     if not found:
         raise UserError(
             f"{folder} holds no finished long generation (no longgen/*/{SUMMARY}); "

@@ -34,6 +34,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 figure { margin: 16px 0 24px; }
 figure img { max-width: 100%; border: 1px solid #e4e6e8; }
+.warning { background: #fff4d6; border-left: 3px solid #c80; padding: 4px 10px; }
 figcaption, .note { color: #555; font-size: 13px; max-width: 860px; }
 audio { width: 100%; max-width: 700px; display: block; margin: 4px 0 2px; }
 pre { background: #f6f7f8; padding: 12px; overflow-x: auto; font-size: 12.5px; line-height: 1.4; }

@@ -14,12 +14,13 @@ import numpy as np
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import ratios_at, spans
-from moshi_ttt.evaluation.folder import Evaluation, find_evaluations, unique_labels
+from moshi_ttt.evaluation.folder import CONFIG, Evaluation, find_evaluations, unique_labels
 from moshi_ttt.files import write_bytes
 from moshi_ttt.instruments.critical import WHY
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section
+from moshi_ttt.report.comparison import comparison_section
 from moshi_ttt.report.figures import evaluation_pictures, png, png_of
 from moshi_ttt.report.headline import headline
 from moshi_ttt.report.overlays import comparison_figures
@@ -71,6 +72,7 @@ def write_report(
         _facts_table(latest, trace),
         *_config(run_folder),
         "<h2>All evaluations of this run</h2>",
+        *comparison_section(dict(shown), traces),
         _evaluations_table(labels, evaluations),
         f"<h2>The latest evaluation: {html.escape(labels[-1])}</h2>",
         *_evaluation_figures(latest, trace, (drawn or {}).get(latest.folder)),
@@ -119,6 +121,7 @@ def compare_report(folders: Sequence[Path], out: Path) -> Path:
             html.paragraph(headline(by_label[label], trace)),
             html.bullets(_findings(by_label[label], trace)),
         ]
+    body += ["<h2>Compared</h2>", *comparison_section(by_label, traces)]
     body += ["<h2>Side by side</h2>", _evaluations_table(labels, evaluations)]
     body += ["<h2>Overlays</h2>", *_comparison(traces, by_label), *_audio(by_label.items())]
     body += _glossary(evaluations)
@@ -193,7 +196,7 @@ def _length(steps: int, clock: Clock) -> str:
 
 
 def _config(run_folder: Path) -> list[str]:
-    path = run_folder / "config.yaml"
+    path = run_folder / CONFIG
     return [html.details("Configuration (config.yaml)", path.read_text())] if path.exists() else []
 
 
@@ -212,8 +215,6 @@ def _evaluations_table(labels: Sequence[str], evaluations: Sequence[Evaluation])
         "branch ratio",
         "text entropy, end",
         "audio entropy, end",
-        "NLL text",
-        "NLL first codebook",
         "steps / s",
     )
     rows = []
@@ -241,12 +242,10 @@ def _evaluations_table(labels: Sequence[str], evaluations: Sequence[Evaluation])
                 middle(r"memory/branch_ratio/layer_\d+"),
                 scalars.get("longgen/entropy/text/end"),
                 scalars.get("longgen/entropy/audio/end"),
-                scalars.get("longgen/nll/text/mean"),
-                scalars.get("longgen/nll/first_codebook/mean"),
                 evaluation.summary["steps_per_sec"],
             )
         )
-    note = "Values of several layers are medians over the layers; entropies and losses in nats."
+    note = "Values of several layers are medians over the layers; entropies in nats."
     return html.table(header, rows) + html.paragraph(note, kind="note")
 
 

@@ -43,7 +43,7 @@ def recall_finding(trace: Trace, recalls: Recalls) -> str:
     ]
     pools = beyond_window(recalls, window_sec)
     classes = [
-        f"{GROUP_NAMES[group]} {_percent(pools[group]['kept'])}"
+        f"{GROUP_NAMES[group]} {percent(pools[group]['kept'])}"
         for group in GROUP_NAMES
         if "kept" in pools.get(group, {})
     ]
@@ -52,7 +52,8 @@ def recall_finding(trace: Trace, recalls: Recalls) -> str:
     return " ".join([*sentences, *_controls(pools.get(EVERYONE, {}), pools)])
 
 
-def _percent(share: Share) -> str:
+def percent(share: Share) -> str:
+    """A share and its interval."""
     low, high = share.interval
     return f"{share.share:.0%} ({low:.0%} to {high:.0%} of {share.words:.0f} words)"
 
@@ -63,7 +64,7 @@ def _controls(shares: Mapping[str, Share], pools: Mapping[str, Mapping[str, Shar
     if verdict == "no memory":
         return []
     said = {"reset": "taken away just before the question", "other": "of another conversation"}
-    given = [f"{_percent(shares[one])} with a memory {said[one]}" for one in said if one in shares]
+    given = [f"{percent(shares[one])} with a memory {said[one]}" for one in said if one in shares]
     sentences = [f"The same questions beyond the window: {', '.join(given)}."]
     if verdict == "used":
         used = [

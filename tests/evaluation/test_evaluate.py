@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
@@ -240,29 +241,34 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "a.wav", 0.1 * rng.standard_normal((4 * 24_000, 2)), 24_000)
     (tmp_path / "val.jsonl").write_text('{"path": "a.wav", "duration": 4.0}')
-    report = program.main(
-        [
-            *("--model", "tiny", "--seconds", "3", "--context_steps", "12"),
-            *("--run.prompt_sec", "1", "--run.prompts", "1", "--run.seeds", "2"),
-            *("--manifest", f"{tmp_path}/val.jsonl", "--cache_dir", f"{tmp_path}/cache"),
-            *("--out", f"{tmp_path}/vanilla", "--device", "cpu", "--log-interval", "10"),
-        ]
-    )
+    call = [
+        *("--model", "tiny", "--seconds", "3", "--context_steps", "12"),
+        *("--run.prompt_sec", "1", "--run.prompts", "1", "--run.seeds", "2"),
+        *("--manifest", f"{tmp_path}/val.jsonl", "--cache_dir", f"{tmp_path}/cache"),
+        *("--out", f"{tmp_path}/vanilla", "--device", "cpu", "--log-interval", "10"),
+    ]
+    (tmp_path / "vanilla/000").mkdir(parents=True)  # of another call
+    report = program.main(call)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("event=")]
     fields = [dict(part.split("=") for part in line.split(" ")) for line in lines]
     turns = [(one["step"], one["turn"]) for one in fields if one["event"] == "ring_turn"]
     assert turns == [("12", "1"), ("24", "2"), ("36", "3")]
     assert {"0", "10", "20", "30"} <= {one["step"] for one in fields}
-    assert report == tmp_path / "vanilla/report.html"
+    assert report == tmp_path / "vanilla/001/report.html"
     assert "tiny (vanilla)" in report.read_text()
-    trace = Trace.load(tmp_path / "vanilla/longgen/evaluation")
+    settings = yaml.safe_load((report.parent / "config.yaml").read_text())
+    assert settings["context_steps"] == 12
+    assert settings["run"]["seeds"] == 2
+    trace = Trace.load(report.parent / "longgen/evaluation")
     assert trace.steps == 38
     assert trace.branch_ratio.shape == (2, 0, 38)
     run_folder = evaluated[0].parent.parent
     overlay = program.main(
-        ["--compare", str(run_folder), f"{tmp_path}/vanilla", "--out", f"{tmp_path}/both.html"]
+        ["--compare", str(run_folder), f"{tmp_path}/vanilla", "--out", f"{tmp_path}/both"]
     )
+    assert overlay == tmp_path / "both/000/report.html"
     text = overlay.read_text()
+    assert "different lengths" in text
     assert "tiny (vanilla)" in text
     assert "epoch 1" in text
 
@@ -275,7 +281,7 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
         (["--checkpoint", "nowhere/last.ckpt"], "does not exist"),
         (["--checkpoint", "x.ckpt", "--context_steps", "9"], "--context_steps goes with --model"),
         (["--model", "tiny", "--manifest", "nowhere.jsonl"], "cannot be read"),
-        (["--compare", "nowhere", "--out", "x.html"], "nowhere"),
+        (["--compare", "nowhere", "--out", "x"], "nowhere"),
         (["--model", "nowhere"], "^--model='nowhere' is neither"),
         (["--model", "tiny", "--seconds", "0"], "^--seconds=0.0 must be above 0"),
         (["--model", "tiny", "--log-interval", "-1"], "^--log_interval=-1 must be at least 0"),

@@ -13,12 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from moshi_ttt import files
 from moshi_ttt.errors import UserError
+from moshi_ttt.files import claim_folder
 from moshi_ttt.model.forward import forward
 from moshi_ttt.model.weights import load_trained, save_trained
-from train import run_folder
 from train.fit import main
-from train.run_folder import claim_run_folder, find_checkpoint, locked
+from train.run_folder import find_checkpoint, locked
 
 
 def last(folder: Path) -> bytes:
@@ -90,14 +91,14 @@ def full_disk(checkpoint: Any, file: Any) -> None:
 def test_runs_that_start_at_once_get_folders_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert claim_run_folder(tmp_path / "a/b") == tmp_path / "a/b/000"
+    assert claim_folder(tmp_path / "a/b", "run_dir") == tmp_path / "a/b/000"
     answers = iter([tmp_path / "a/b/000", tmp_path / "a/b/001"])
-    monkeypatch.setattr(run_folder, "next_run_folder", lambda root: next(answers))
-    assert claim_run_folder(tmp_path / "a/b") == tmp_path / "a/b/001"
+    monkeypatch.setattr(files, "next_folder", lambda root: next(answers))
+    assert claim_folder(tmp_path / "a/b", "run_dir") == tmp_path / "a/b/001"
     monkeypatch.undo()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run_dir="):
-        claim_run_folder(tmp_path / "file")
+        claim_folder(tmp_path / "file", "run_dir")
 
 
 def test_a_folder_that_is_written_to_is_refused_to_others_and_litter_goes(tmp_path: Path) -> None:
