@@ -11,6 +11,9 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+USAGE = "%(prog)s [options]"
+"""One line: all flags at once, before an error or before what they mean, help nobody."""
+
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Types and defaults beside each flag, the lines of the description as they are."""
@@ -21,7 +24,10 @@ def program_parser(description: str | None) -> ArgumentParser:
     # the docstring under each config field is its help text
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(
-        description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        usage=USAGE,
     )
 
 

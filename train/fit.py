@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from callbacks.long_generation import LongGeneration
+from moshi_ttt.command_line import USAGE
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.folder import find_evaluations
 from moshi_ttt.files import claim_folder, next_folder
@@ -41,12 +42,18 @@ from train.trainer_settings import check_trainer, trainer_errors
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+def _is_of_trainer(group: Any) -> bool:
+    return any(action.dest.startswith("trainer") for action in group._group_actions)
+
+
 class FitCLI(LightningCLI):
     """LightningCLI with one run folder, the long generation, and checkpoints that travel."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that lets a config name the recipe it builds on."""
-        return super().init_parser(parser_mode="recipe", allow_abbrev=False, **kwargs)
+        return super().init_parser(
+            **kwargs, parser_mode="recipe", allow_abbrev=False, usage=USAGE, description=__doc__
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to a run and not to model, data or trainer."""
@@ -67,6 +74,8 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(FiniteUpdates, "finite")
         parser.link_arguments("model.source", "data.source")
+        # what people look for is ours, and Lightning's trainer has many more
+        parser._action_groups = sorted(parser._action_groups, key=_is_of_trainer)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with `--config NAME` found in `configs/`."""
