@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from moshi.models.lm import LMModel
-from tqdm import tqdm
 
 from moshi_ttt.attribution.cells import (
     Streams,
@@ -47,6 +46,7 @@ from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.sinks import AttentionControls
 from moshi_ttt.model.source import ModelSource
 from moshi_ttt.model.subject import open_subject, short_name
+from moshi_ttt.progress import progress
 from moshi_ttt.report.attribution import write_page
 from moshi_ttt.rows import Rows
 
@@ -134,7 +134,7 @@ def _run(
             f"{len(planned) - len(missing)} finished already; at {rate:.0f} steps/s the other "
             f"{len(missing)} take about {len(missing) * steps / rate / 60:.1f} min"
         )
-        with tqdm(total=len(missing) * steps, unit="step") as bar:
+        with progress(total=len(missing) * steps, unit="step") as bar:
             for one in missing:
                 bar.set_description(one.name)
                 moved = EachStep(lambda _: bar.update())

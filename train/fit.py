@@ -23,10 +23,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from callbacks.long_generation import LongGeneration
+from callbacks.progress import ProgressLines
 from moshi_ttt.command_line import USAGE
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.folder import find_evaluations
 from moshi_ttt.files import claim_folder, next_folder
+from moshi_ttt.progress import is_seen
 from moshi_ttt.report import headline
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints, SaveBeforeEvaluation
 from train.data import ConversationData
@@ -109,8 +111,11 @@ class FitCLI(LightningCLI):
         if SLURMEnvironment.detect():
             # it would save and requeue by itself, and resume from what it finds in the folder
             plugins.append(SLURMEnvironment(auto_requeue=False))
+        lines = not is_seen() and trainer.enable_progress_bar is not False
+        if lines:
+            kwargs["enable_progress_bar"] = False
         with trainer_errors():
-            return super().instantiate_trainer(
+            made: Any = super().instantiate_trainer(
                 logger=False,  # until the run folder is claimed
                 plugins=plugins,
                 default_root_dir=self.run_folder,
@@ -118,6 +123,8 @@ class FitCLI(LightningCLI):
                 use_distributed_sampler=False,
                 **(counts | kwargs),
             )
+        made.callbacks += [ProgressLines()] * lines
+        return made
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from tqdm import tqdm
-
 from moshi_ttt.data.codes_file import (
     CODES_SUFFIX,
     CodesFormat,
@@ -22,6 +20,7 @@ from moshi_ttt.data.recordings import RecordingReader
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import clear_litter, why_unreadable, write_bytes
 from moshi_ttt.model.source import ModelSource
+from moshi_ttt.progress import progress
 
 BATCH_SEC = 3600.0  # encoded with one load of the codec, then written
 
@@ -61,7 +60,9 @@ def encode_manifest(
     distinct = list({entry.path: entry for entry in entries}.values())
     missing = [
         entry
-        for entry in tqdm(distinct, desc="looking for what is done", unit="recording", leave=False)
+        for entry in progress(
+            distinct, desc="looking for what is done", unit="recording", leave=False
+        )
         if not written_from(targets[entry.path], codes_format, _made_of(entry))
     ]
     reader = RecordingReader(source, cache_dir)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moshi_ttt.data.alignments import Word, read_alignments
 from moshi_ttt.data.audio import read_audio, sound_warnings
@@ -21,6 +20,7 @@ from moshi_ttt.data.probes import Probe, read_probes
 from moshi_ttt.data.text import TextRow, Tokenizer, lay_text
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import ModelSource
+from moshi_ttt.progress import progress
 from moshi_ttt.rows import TEXT_ROW
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class RecordingReader:
         encoded: dict[Path, Tensor] = {}
         problems = []
         seconds = round(sum(entry.duration_sec for entry in missing.values()))
-        with tqdm(total=seconds, desc="encoding audio", unit="s", unit_scale=True) as bar:
+        with progress(total=seconds, desc="encoding audio", unit="s", unit_scale=True) as bar:
             for key, entry in missing.items():
                 try:
                     audio = self._listen(entry)

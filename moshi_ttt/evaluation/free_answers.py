@@ -18,7 +18,6 @@ import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from torch import Tensor
-from tqdm import tqdm
 
 from moshi_ttt.data import EncodedRecording, Probe
 from moshi_ttt.diagnosis.listening import decode
@@ -26,6 +25,7 @@ from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.generation.observer import EachStep
 from moshi_ttt.generation.users import user_codes
 from moshi_ttt.model.hybrid import reset_memories
+from moshi_ttt.progress import progress
 from moshi_ttt.rows import TEXT_ROW, Rows
 from moshi_ttt.teacher_forcing.recall import (
     GAP_CENTRES_SEC,
@@ -135,7 +135,7 @@ def free_answers(
     order = sorted(range(len(questions)), key=lambda index: free_from(questions[index][1]))
     found: dict[int, FreeAnswer] = {}
     batches = range(0, len(order), streams)
-    for first in tqdm(batches, desc=f"free answers, {memory}", unit="batch", leave=False):
+    for first in progress(batches, desc=f"free answers, {memory}", unit="batch", leave=False):
         batch = order[first : first + streams]
         asked = [questions[index] for index in batch]
         with borrowed(lm, seed):

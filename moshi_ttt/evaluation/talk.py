@@ -11,7 +11,6 @@ import numpy as np
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from torch import Tensor
-from tqdm import tqdm
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
@@ -27,6 +26,7 @@ from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import ModelSource
+from moshi_ttt.progress import progress
 from moshi_ttt.rows import TEXT_ROW, Rows
 
 
@@ -136,15 +136,15 @@ def _generate(
     streams, _, steps = batch.user.shape
     with (
         borrowed(lm, config.seed),
-        tqdm(total=steps, desc=f"generating, {label}", unit="step") as progress,
+        progress(total=steps, desc=f"generating, {label}", unit="step") as bar,
     ):
         watch = None
         if config.attention_layers:
             watch = AttentionWatch(list(config.attention_layers), config.attention_every_steps)
         recorder = Recorder(lm, streams, steps, watch)
-        observers: list[Observer] = [recorder, EachStep(lambda _: progress.update())]
+        observers: list[Observer] = [recorder, EachStep(lambda _: bar.update())]
         if config.log_interval_steps:
-            interval_steps, write = config.log_interval_steps, progress.write
+            interval_steps, write = config.log_interval_steps, bar.write
             observers.append(
                 ConsoleLog(
                     recorder, steps=steps, interval_steps=interval_steps, write=write, **facts

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from moshi.models.lm import LMModel
 from torch import Tensor
-from tqdm import tqdm
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.model.forward import forward
+from moshi_ttt.progress import progress
 from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from moshi_ttt.teacher_forcing.recordings import cut
@@ -39,7 +39,7 @@ def nll_by_position(
     """Teacher-forced NLL of pieces [17, T] behind `skip_steps`, as `PositionNLL.record` has it."""
     steps = pieces[0].shape[-1]
     metric = PositionNLL(window_steps, -(-(steps - skip_steps) // window_steps)).to(lm.device)
-    for first in tqdm(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
+    for first in progress(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
         codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
         counted = slice(skip_steps, None)
         metric.update(lm, cut(forward(lm, codes), counted), codes[..., counted])

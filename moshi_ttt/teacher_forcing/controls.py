@@ -14,13 +14,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from moshi.models.lm import LMModel
-from tqdm import tqdm
 
 from moshi_ttt.data import EncodedRecording, Probe
 from moshi_ttt.memory import MemoryState
 from moshi_ttt.model.branch import MemorySwaps
 from moshi_ttt.model.forward import text_forward
 from moshi_ttt.model.hybrid import hybrid_layers, memory_swapped
+from moshi_ttt.progress import progress
 from moshi_ttt.teacher_forcing.recall import (
     GROUPS,
     ProbeRecall,
@@ -77,7 +77,7 @@ def read_recall(
     assert memory != "other" or len(ends) == len(recordings) > 1
     # one process evaluates while the others wait: adding up over all of them would wait for ever
     metric = ProbeRecall(sync_on_compute=False).to(lm.device)
-    for number, recording in enumerate(tqdm(recordings, desc=f"recall, {memory}", leave=False)):
+    for number, recording in enumerate(progress(recordings, desc=f"recall, {memory}", leave=False)):
         steps = probed_steps(recording, max_steps)
         if not steps:
             continue

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from moshi.models.lm import LMModel, LMOutput
-from tqdm import tqdm
 
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.model.branch import BranchStats
 from moshi_ttt.model.forward import forward
 from moshi_ttt.model.hybrid import memory_swapped, observe_branches
+from moshi_ttt.progress import progress
 from moshi_ttt.teacher_forcing.controls import (
     Recalls,
     State,
@@ -75,7 +75,7 @@ def read_teacher_forced(
     least = steps if any(one.steps >= steps for one in recordings) else 0
     ends: list[State] = []
     with observe_branches(lm) as stats:
-        for recording in tqdm(recordings, desc="teacher-forced", unit="recording", leave=False):
+        for recording in progress(recordings, desc="teacher-forced", unit="recording", leave=False):
             wanted = max(steps, probed_steps(recording, MAX_READ_STEPS))
             codes = recording.codes[None, :, :wanted].to(lm.device)
             with memory_swapped(lm) as swaps:

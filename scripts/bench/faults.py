@@ -23,10 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import run_program
+from moshi_ttt.progress import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 2
@@ -71,13 +70,13 @@ def main(kills: int, seed: int, out: Path | None) -> Counter[str]:
         _run(whole, scratch, None)
         lasts_sec = time.monotonic() - started_sec
         number, left = 0, kills
-        with tqdm(total=kills, unit="kill") as progress:
+        with progress(total=kills, unit="kill") as bar:
             while left:
                 root, number = Path(folder) / f"run_{number}", number + 1
                 while left and not _run(root, scratch, rng.uniform(0, lasts_sec)):
                     counts[f"killed {_phase(root)}"] += 1
                     left -= 1
-                    progress.update()
+                    bar.update()
                 _run(root, scratch, None)
                 _compare(_newest(root), _newest(whole), scratch)
                 counts["ended with equal weights"] += 1

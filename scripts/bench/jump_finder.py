@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 from scipy.signal import lfilter
-from tqdm import tqdm
 
 from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.diagnosis.jumps import find_jumps
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.instruments.critical import Lengths, critical_steps
+from moshi_ttt.progress import progress
 
 LAYERS, STEPS = 4, 900
 NEAR_STEPS = 25
@@ -163,7 +163,7 @@ def main(args: list[str] | None = None) -> None:
         row = [f"{streams} streams, +{round(100 * (ratio - 1))} %, noise {sd:g}"]
         for name, find in finders.items():
             hits = wrong = 0
-            for trial in tqdm(range(options.trials), desc=f"{row[0]}, {name}", leave=False):
+            for trial in progress(range(options.trials), desc=f"{row[0]}, {name}", leave=False):
                 generator = np.random.default_rng(trial)
                 log_norm = noise(generator, streams, sd)
                 position = int(generator.integers(150, STEPS - 140))
@@ -178,7 +178,7 @@ def main(args: list[str] | None = None) -> None:
         row = [shape_name]
         for name, find in finders.items():
             alarms = 0
-            for trial in tqdm(range(options.trials), desc=f"{shape_name}, {name}", leave=False):
+            for trial in progress(range(options.trials), desc=f"{shape_name}, {name}", leave=False):
                 generator = np.random.default_rng(10_000 + trial)
                 alarms += bool(find(noise(generator, 4, 0.06) + shape(generator, 4)))
             row.append(f"{100 * alarms / options.trials:.1f}")

@@ -25,7 +25,6 @@ import torch
 from jsonargparse import ArgumentParser
 from moshi.models.lm import LMModel
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moshi_ttt.command_line import add_device, add_model, parse, program_parser
 from moshi_ttt.errors import check_bounds, run_program, settings_at
@@ -37,6 +36,7 @@ from moshi_ttt.memory.config import Rule
 from moshi_ttt.model.build import ModelConfig, build_lm
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import RANDOM_7B, open_source
+from moshi_ttt.progress import progress
 from moshi_ttt.rows import Rows
 
 PARTS, PROMPT_STEPS = 10, 10
@@ -111,9 +111,9 @@ def soak(lm: LMModel, streams: int, steps: int) -> tuple[list[Part], list[str]]:
     """
     recorder, health = Recorder(lm, streams, steps), Health(lm, steps)
     codes = torch.randint(min(lm.card, lm.text_card), (streams, Rows.of(lm).count, steps))
-    with borrowed(lm, 0), tqdm(total=steps, unit="step", mininterval=1) as progress:
+    with borrowed(lm, 0), progress(total=steps, unit="step") as bar:
         prompt, user = codes[:, :, :PROMPT_STEPS], codes[:, Rows.of(lm).user]
-        each = EachStep(lambda _: progress.update())
+        each = EachStep(lambda _: bar.update())
         generate(lm, prompt, user, observers=[recorder, health, each])
     recorded = recorder.arrays()
     parts = []

@@ -27,13 +27,13 @@ import soundfile
 from jsonargparse import ArgumentParser
 from splits import SPLITS
 from timeline import plan
-from tqdm import tqdm
 from utterance import SAMPLE_RATE
 from voices import HELD_OUT_VOICES, MOSHI_VOICE, USER_VOICES, check_packages, voice
 
 from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_atomic, write_bytes
+from moshi_ttt.progress import progress
 
 FORMATS = ("flac", "ogg", "wav")
 _VORBIS_COMPRESSION = 0.87
@@ -194,16 +194,16 @@ def main(
     bar_format = "{l_bar}{bar}| {n:.2f}/{total:.2f} h of audio [{elapsed}<{remaining}]"
     with (
         ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool,
-        tqdm(total=sum(r.least_sec for r in todo) / 3600, bar_format=bar_format) as progress,
+        progress(total=sum(r.least_sec for r in todo) / 3600, bar_format=bar_format) as bar,
     ):
-        progress.update(sum(recipe.least_sec for recipe in durations_sec) / 3600)
+        bar.update(sum(recipe.least_sec for recipe in durations_sec) / 3600)
         # long ones first, so that no worker is left alone with one at the end
         missing.sort(key=lambda recipe: -recipe.least_sec)
         jobs = {pool.submit(record, paths[r], r): r for r in missing}
         try:
             for job in as_completed(jobs):
                 durations_sec[jobs[job]] = job.result()
-                progress.update(jobs[job].least_sec / 3600)
+                bar.update(jobs[job].least_sec / 3600)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -25,7 +25,6 @@ import torch
 from make_conversations import Recipe, add_set, recipes, write_manifest
 from splits import SPLITS
 from timeline import SPEAKERS, plan
-from tqdm import tqdm
 from utterance import SAMPLE_RATE, Utterance
 
 from moshi_ttt.command_line import add_model, parse, program_parser
@@ -35,6 +34,7 @@ from moshi_ttt.data.codes_file import CODES_SUFFIX, write_codes
 from moshi_ttt.data.text import ZERO_TOKEN, lay_text
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.model.source import ModelSource, open_source
+from moshi_ttt.progress import progress
 from moshi_ttt.rows import TEXT_ROW, Rows
 
 _STREAM = 2  # of a recipe's random numbers; speech has 0 and 1
@@ -114,7 +114,7 @@ def main(
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
         written = pool.map(write, todo, chunksize=4)
-        durations_sec = dict(tqdm(written, total=len(todo), unit="conversation"))
+        durations_sec = dict(progress(written, total=len(todo), unit="conversation"))
     write_manifest(out / "manifest.jsonl", durations_sec)
 
 

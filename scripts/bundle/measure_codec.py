@@ -24,13 +24,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timeline import SPEAKERS
 from torchmetrics.functional.text import word_error_rate
-from tqdm import tqdm
 
 from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.data import read_manifest
 from moshi_ttt.data.manifest import raise_together
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_atomic, write_json
+from moshi_ttt.progress import progress
 
 
 def codebook_usage(codes: np.ndarray, card: int) -> list[dict[str, float]]:
@@ -156,7 +156,7 @@ def main(args: list[str] | None = None) -> None:
     jobs = choose_jobs(options.manifest, options.codec, options.words, options.seconds)
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(options.workers, len(jobs))) as pool:
-        results = list(tqdm(pool.imap(measure, jobs), total=len(jobs), unit="recording"))
+        results = list(progress(pool.imap(measure, jobs), total=len(jobs), unit="recording"))
     found = summary(results, card)
     write_json(options.out, found)
     draw(results[0], options.out.with_suffix(".png"))

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.callbacks import TQDMProgressBar
 
+from callbacks.progress import ProgressLines
 from moshi_ttt.errors import UserError, run_program
 from train.data import ConversationData
 from train.fit import FitCLI, main
@@ -19,6 +21,21 @@ from train.recipes import CONFIGS
 
 def parse(*args: str) -> FitCLI:
     return FitCLI(MoshiTTT, ConversationData, args=list(args), run=False, save_config_callback=None)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.fit.is_seen", lambda: terminal)
+    call = ("--config=long15s.yaml", "--trainer.accelerator=cpu")
+    bars = {
+        name: [type(one) for one in parse(*call, *more).trainer.callbacks]
+        for name, more in (("usual", ()), ("quiet", ("--trainer.enable_progress_bar=false",)))
+    }
+    assert (TQDMProgressBar in bars["usual"]) == terminal
+    assert (ProgressLines in bars["usual"]) == (not terminal)
+    assert not {TQDMProgressBar, ProgressLines} & {*bars["quiet"]}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("long*.yaml")))
