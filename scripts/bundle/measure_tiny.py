@@ -37,7 +37,7 @@ from moshi_ttt.rows import Rows
 from moshi_ttt.teacher_forcing.contexts import clips, nll_by_position
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 
-CLIP_SEC = 15.0  # what the LM was trained on
+CLIP_SEC = 20.0  # what the LM was trained on
 WINDOW_SEC = 5.0
 NLL_RECORDINGS = 12  # the first ones, for loss and recall of whole recordings
 SPACING_SEC = 23.0  # between the starts of two stretches, and ahead of the first
@@ -120,7 +120,7 @@ def losses_by_group(
                 range(rows.count)[part],
                 lm.text_card if group == "text" else lm.card,
             ),
-            "lm_15s_clips": in_clips[group][0],
+            "lm_in_clips": in_clips[group][0],
         }
         for group, part in rows.groups.items()
     }

@@ -19,8 +19,8 @@ FAR_HOURS=${FAR_HOURS:-5}
 HELDOUT_HOURS=${HELDOUT_HOURS:-2.5}
 BUNDLE_HOURS=${BUNDLE_HOURS:-1.5}
 TEXT_HOURS=${TEXT_HOURS:-900}
-DRILL_STEPS=${DRILL_STEPS:-3500}
-MIX_STEPS=${MIX_STEPS:-3000}
+DRILL_STEPS=${DRILL_STEPS:-3400}
+MIX_STEPS=${MIX_STEPS:-2600}
 MEMORY_STEPS=${MEMORY_STEPS:-1200}
 PYTHON=${PYTHON:-python}
 cd "$(dirname "$0")/../.."
@@ -32,8 +32,8 @@ say() { # SET SPLIT SEED HOURS SHORTEST LONGEST: $BUILD/speech/SET, and its code
         --with_words
 }
 
-write() { # SPLIT: $BUILD/text/SPLIT
-    $PYTHON scripts/bundle/make_text.py "$BUILD/text/$1" --split "$1" --hours "$TEXT_HOURS" \
+write() { # SPLIT HOURS: $BUILD/text/SPLIT
+    $PYTHON scripts/bundle/make_text.py "$BUILD/text/$1" --split "$1" --hours "$2" \
         --minutes 20 40 --model "$BUILD/tiny"
 }
 
@@ -62,9 +62,9 @@ begin() {
 }
 
 text() { # far more words than anyone wants to synthesise: recall is learned from words it has not read before
-    write drill
-    write train
-    write far
+    write drill "$TEXT_HOURS"
+    write train $((TEXT_HOURS * 2 / 3))
+    write far "$TEXT_HOURS"
 }
 
 speech() {

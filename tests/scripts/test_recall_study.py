@@ -43,7 +43,7 @@ def shortened(folder: Path, name: str, steps: int) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that has run, of two recordings, one of which lasts a minute."""
     folder = tmp_path_factory.mktemp("study")
-    lengths = {"heldout-00008": 760, "heldout-00002": 320}
+    lengths = {"heldout-00014": 760, "heldout-00006": 480}
     lines = [shortened(folder, name, steps) for name, steps in lengths.items()]
     (folder / "data.jsonl").write_text("\n".join(lines))
     (folder / "study.yaml").write_text(yaml.safe_dump({"variants": VARIANTS}))
@@ -116,7 +116,7 @@ def test_a_study_shows_its_variants_and_does_not_run_them_again(
     table = (folder / "out/recall.md").read_text()
     assert (folder / "out/recall.png").stat().st_size > 10_000
     rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| memory")]
-    assert rows.count("| memory") == len(rows) == 1 + 3 + 3
+    assert rows.count("| memory") == len(rows) == 1 + 3 * 3
     monkeypatch.setattr(STUDY, "_run", fail)
     assert STUDY.main(arguments(folder)).keys() == {one["name"] for one in VARIANTS}
     assert "1 of 2 held-out recordings" in capsys.readouterr().out

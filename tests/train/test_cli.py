@@ -71,6 +71,7 @@ run_dir: runs/long{0}s
 seed_everything: 0
 model:
   source: tiny
+  context_steps: 250
   train: memory
   memory:
     rule: ttt_linear
@@ -83,11 +84,14 @@ data:
   batch_size: 2
 trainer:
   max_epochs: 4
+  limit_val_batches: 31
   precision: 32-true
   gradient_clip_val: 1.0
   log_every_n_steps: 1
 long_generation:
   every_n_epochs: 4
+  run:
+    seconds: 72
 """
 
 

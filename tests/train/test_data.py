@@ -268,6 +268,6 @@ def test_the_bundled_sets_are_found_from_anywhere_and_are_sound(
         assert check.problems == check.warnings == []
     data.prepare_data()
     data.setup("fit")
-    assert len(data.val_recordings()) == 14
+    assert len(data.val_recordings()) == 28
     assert all(recording.probes for recording in data.val_recordings())
     assert not list(tmp_path.iterdir()), "codes that are bundled are not cached again"

@@ -239,5 +239,5 @@ def test_memory_learns_and_the_regulariser_keeps_the_ratio_under_its_target(
     ratio_free = scalars(free, "train/branch_ratio/layer_05")
     assert ratio_kept[0] == ratio_free[0] == 0
     assert max(ratio_kept) < 0.1
-    assert ratio_free[-1] > 0.2
+    assert ratio_free[-1] > 0.15
     assert ratio_free[-1] > 1.5 * ratio_free[len(ratio_free) // 3]
