@@ -12,6 +12,8 @@ from torch import Tensor
 from moshi_ttt.generation.observer import Observer
 from moshi_ttt.rows import TEXT_ROW, Rows
 
+_SMALL_DIM = 1024  # of a model whose step is too short to be shared among cores
+
 
 @contextmanager
 def borrowed(lm: LMModel, seed: int) -> Iterator[LMModel]:
@@ -37,6 +39,21 @@ def borrowed(lm: LMModel, seed: int) -> Iterator[LMModel]:
                 module.training = mode
             lm.transformer.checkpointing = checkpointing
             lm.set_streaming_detached(detached)
+
+
+@contextmanager
+def fitting_threads(lm: LMModel) -> Iterator[None]:
+    """Let a small model run on one core in here; on others its threads would wait for each other.
+
+    That takes as long as the step itself, and thirty times as long where the cores are busy.
+    """
+    threads = torch.get_num_threads()
+    if lm.device.type == "cpu" and lm.dim < _SMALL_DIM:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def generate(
@@ -86,6 +103,7 @@ def generate(
     shape = (streams, Rows.of(lm).spoken.stop, max(0, steps - delay))
     frames = torch.full(shape, -1, device=lm.device)
     with ExitStack() as scope:
+        scope.enter_context(fitting_threads(lm))
         scope.enter_context(lm_gen.streaming(streams))
         for observer in observers:
             scope.enter_context(observer.attached())

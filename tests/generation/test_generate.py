@@ -11,7 +11,7 @@ from lm_fakes import STEPS, STREAMS, MakeLM, hybrid, random_codes
 from moshi.models.lm import LMModel
 from torch import Tensor
 
-from moshi_ttt.generation.generate import borrowed, generate
+from moshi_ttt.generation.generate import borrowed, fitting_threads, generate
 from moshi_ttt.generation.observer import EachStep, Observer
 from moshi_ttt.instruments.attention_mass import no_looks
 from moshi_ttt.instruments.recorder import Recorder
@@ -225,3 +225,20 @@ def test_a_recorder_is_an_observer_by_its_shape_alone(make_lm: MakeLM) -> None:
     recorder: Observer = Recorder(make_lm().eval(), STREAMS, STEPS)
     assert Observer not in type(recorder).__mro__
     assert all(hasattr(recorder, name) for name in ("attached", "after_step", "finish"))
+
+
+def test_a_small_model_generates_on_one_core(make_lm: MakeLM) -> None:
+    lm, codes = make_lm(), random_codes()
+    threads, seen = torch.get_num_threads(), set[int]()
+    watch = EachStep(lambda _: seen.add(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        with borrowed(lm, 0):
+            generate(lm, codes[:, :, :2], codes[:, 9:], observers=[watch])
+        assert seen == {1}
+        assert torch.get_num_threads() == 2
+        lm.dim = 4096
+        with fitting_threads(lm):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
