@@ -102,8 +102,7 @@ def generate(
     delay = lm_gen.max_delay  # steps that give no frame yet
     shape = (streams, Rows.of(lm).spoken.stop, max(0, steps - delay))
     frames = torch.full(shape, -1, device=lm.device)
-    with ExitStack() as scope:
-        scope.enter_context(fitting_threads(lm))
+    with fitting_threads(lm), ExitStack() as scope:
         scope.enter_context(lm_gen.streaming(streams))
         for observer in observers:
             scope.enter_context(observer.attached())
