@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from moshi.models.lm import LMModel
 
@@ -66,9 +65,6 @@ def main(args: list[str] | None = None) -> Verdict:
     # what was left out depends on the model and on --quick
     given = parse(parser, args, defaults=False).get("matrix", Namespace())
     models = _models(options)
-    if options.device == "cpu":
-        # steps of a small model are too short to share: a second thread only spins
-        torch.set_num_threads(1)
     out = options.out or Path("runs/attribute") / short_name(models[0])
     subject = open_subject(models[0], options.device, dtype=options.dtype, base=options.base)
     source, clock = subject.source, subject.source.clock

@@ -219,7 +219,7 @@ def test_a_group_without_gradient_is_an_error(
 def test_memory_learns_and_the_regulariser_keeps_the_ratio_under_its_target(
     small: list[str], tmp_path: Path
 ) -> None:
-    fast = [*small, "--trainer.max_epochs=12", "--model.optim.lr_gates=0.02"]
+    fast = [*small, "--trainer.max_epochs=12", "--model.optim.lr_gates=0.03"]
     target = ["--model.loss.magnitude_target=0.1", "--trainer.limit_val_batches=0"]
     kept = main([*fast, *target, "--model.loss.magnitude_reg=1", f"--run_dir={tmp_path}/on"])
     free = main(
@@ -239,5 +239,5 @@ def test_memory_learns_and_the_regulariser_keeps_the_ratio_under_its_target(
     ratio_free = scalars(free, "train/branch_ratio/layer_05")
     assert ratio_kept[0] == ratio_free[0] == 0
     assert max(ratio_kept) < 0.1
-    assert ratio_free[-1] > 0.15
+    assert ratio_free[-1] > 0.2
     assert ratio_free[-1] > 1.5 * ratio_free[len(ratio_free) // 3]
