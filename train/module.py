@@ -151,8 +151,9 @@ class MoshiTTT(LightningModule):
         if logs or config.magnitude_reg:
             scope = observe_branches(self.lm)
         with scope as stats:
-            _, text_loss, audio_loss = read_clips(self.lm, codes, config, heard)
-        loss = text_loss + audio_loss
+            predicted = None if heard is None else config.predicted(heard, self.global_step)
+            _, text_loss, audio_loss = read_clips(self.lm, codes, config, heard, predicted)
+        loss = config.likelihood(text_loss, audio_loss)
         values = {"train/text_loss": text_loss, "train/audio_loss": audio_loss}
         if stats:
             penalty = magnitude_penalty(stats, config)
@@ -180,7 +181,7 @@ class MoshiTTT(LightningModule):
         codes, heard = batch["codes"], batch.get("heard")
         output, text_loss, audio_loss = read_clips(self.lm, codes, self.loss_config, heard)
         self.val_nll.update(self.lm, output, codes, heard)
-        self.val_loss.update(text_loss + audio_loss, len(codes))
+        self.val_loss.update(self.loss_config.likelihood(text_loss, audio_loss), len(codes))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the epoch, exact over all processes."""

@@ -37,6 +37,7 @@ def forward(
     codes: Tensor,
     heard: Sequence[bool] | None = None,
     audio_steps: int | None = None,
+    predicted: Sequence[bool] | None = None,
 ) -> LMOutput:
     """What `lm(codes)` gives wherever its mask is set, NaN elsewhere.
 
@@ -46,16 +47,22 @@ def forward(
         heard: whether any audio is known in each row; None looks, and waits for the device.
         audio_steps: how far audio is predicted, and so the length of its logits and their mask;
             None predicts all of it.
+        predicted: rows whose audio is predicted, none of which may be unheard; None: all that are
+            heard.
     """
     heard = rows_heard(lm, codes) if heard is None else heard
-    if not any(heard) and not _others_wait_for_the_depformer(lm):
+    predicted = heard if predicted is None else predicted
+    if not any(predicted) and not _others_wait_for_the_depformer(lm):
+        if any(heard):
+            return text_forward(lm, codes)
         return _with_text_alone(lm, codes, _read_silent(lm, _delayed(lm, codes)[:, :, :-1]))
     own, delayed, known = Rows.of(lm).own, _delayed(lm, codes), codes != lm.zero_token_id
     out, text_logits = lm.forward_text(delayed[:, :, :-1])
     mask, delays = known[:, own, :audio_steps].clone(), lm.delays[own]
     ahead = mask.shape[-1] + max(delays)
     out, sequence = out[:, :ahead], delayed[:, :, 1 : ahead + 1]
-    rows = indices(heard, codes.device) if any(heard) and not all(heard) else None
+    some = any(predicted) and not all(predicted)
+    rows = indices(predicted, codes.device) if some else None
     if rows is not None:
         out, sequence = out[rows], sequence[rows]
     lines = []
@@ -70,6 +77,7 @@ def forward(
     if rows is not None:
         nothing = logits.new_full((len(codes), *logits.shape[1:]), float("nan"))
         logits = nothing.index_copy(0, rows, logits)
+        mask = torch.zeros_like(mask).index_copy(0, rows, mask[rows])
     return LMOutput(logits, mask, text_logits, known[:, Rows.of(lm).text])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -28,6 +29,13 @@ class LossConfig:
     """Weight of padding tokens in the text cross-entropy; words weigh 1."""
     first_codebook_weight: float = 100.0
     """Weight of the first (semantic) codebook in the audio cross-entropy; the others weigh 1."""
+    audio_weight: float = 1.0
+    """Weight of the audio cross-entropy; that of the text weighs 1. In clips most of which are
+    text alone, sound is few words that are as loud in the gradient as all others. With 0, training
+    predicts no audio."""
+    audio_every: int = 1
+    """Training predicts the audio of one in so many spoken clips, in turn: the depformer is most of
+    a step's time. All are read."""
     magnitude_reg: float = 1.0
     """Weight of the magnitude regulariser, nats at the target; 0 switches it off (the branch
     ratio is logged all the same)."""
@@ -40,13 +48,26 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "text_padding_weight", "first_codebook_weight", least=0)
-        check_fields(self, "magnitude_reg", least=0)
+        check_fields(self, "audio_weight", "magnitude_reg", least=0)
+        check_fields(self, "audio_every", least=1)
         check_fields(
             self,
             "magnitude_target",
             above=0,
             remedy="to switch the regulariser off set magnitude_reg=0",
         )
+
+    def predicted(self, heard: Sequence[bool], step: int) -> list[bool]:
+        """Rows of a batch whose audio is predicted in an optimizer step, of those `heard`."""
+        before = accumulate(heard, initial=step)  # so that each clip has its turn
+        return [
+            one and self.audio_weight > 0 and turn % self.audio_every == 0
+            for one, turn in zip(heard, before, strict=False)
+        ]
+
+    def likelihood(self, text_loss: Tensor, audio_loss: Tensor) -> Tensor:
+        """What is to fall, of the two cross-entropies: nats."""
+        return text_loss + self.audio_weight * audio_loss
 
 
 def token_nll(
@@ -112,10 +133,23 @@ def lm_losses(
 
 
 def read_clips(
-    lm: LMModel, codes: Tensor, config: LossConfig, heard: Sequence[bool] | None = None
+    lm: LMModel,
+    codes: Tensor,
+    config: LossConfig,
+    heard: Sequence[bool] | None = None,
+    predicted: Sequence[bool] | None = None,
 ) -> tuple[LMOutput, Tensor, Tensor]:
-    """What the model gives for clips [B, K, T], and `lm_losses` of it."""
-    output = forward(lm, codes, heard)
+    """What the model gives for clips [B, K, T], and `lm_losses` of it.
+
+    Args:
+        lm: the model.
+        codes: the clips.
+        config: the weights.
+        heard: whether any audio is known in each row; None: it may be.
+        predicted: rows whose audio is predicted and is in the loss; None: all.
+    """
+    output = forward(lm, codes, heard, predicted=predicted)
+    heard = heard if predicted is None else predicted
     return output, *lm_losses(lm, output, codes, config, heard)
 
 

@@ -9,12 +9,19 @@ from typing import Literal
 
 import pytest
 import torch
+from lm_fakes import random_codes
 from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.branch import BranchStats
-from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty, token_nll
+from moshi_ttt.teacher_forcing.losses import (
+    LossConfig,
+    lm_losses,
+    magnitude_penalty,
+    read_clips,
+    token_nll,
+)
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 
 MakeLM = Callable[..., LMModel]
@@ -50,6 +57,8 @@ def test_losses_are_means_weighted_and_normalised_by_their_weights(make_lm: Make
     # (0.5 ln2 + 1 ln4 + 0.5 ln2) / 2 and (10 ln8 + 7 ln2) / 17
     assert text.item() == pytest.approx(1.5 * math.log(2), rel=1e-5)
     assert audio.item() == pytest.approx((10 * 3 + 7) / 17 * math.log(2), rel=1e-5)
+    both = LossConfig(audio_weight=0.2).likelihood(text, audio)
+    assert both.item() == pytest.approx(text.item() + 0.2 * audio.item(), rel=1e-5)
 
 
 def test_invalid_positions_with_nan_logits_do_not_reach_loss_or_gradient() -> None:
@@ -208,3 +217,25 @@ def test_position_nll_of_two_processes_is_that_of_one(make_lm: MakeLM, tmp_path:
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for group, values in expected.items():
             torch.testing.assert_close(found[group], values)
+
+
+def test_each_spoken_clip_has_its_turn_to_be_predicted() -> None:
+    heard = [True, False, True, True, False, True]
+    every = [LossConfig(audio_every=2).predicted(heard, step) for step in (0, 1)]
+    assert every[0] == [True, False, False, True, False, False]
+    assert every[1] == [False, False, True, False, False, True]
+    assert LossConfig().predicted(heard, 5) == heard
+    assert LossConfig(audio_weight=0).predicted(heard, 0) == [False] * 6
+
+
+def test_the_audio_loss_is_that_of_the_predicted_clips_alone(make_lm: MakeLM) -> None:
+    lm, config = make_lm(), LossConfig()
+    codes = torch.cat([random_codes(12), random_codes(13)[:1, :, 1:]])
+    _, text, audio = read_clips(lm, codes, config, [True] * 3, [False, True, False])
+    _, _, alone = read_clips(lm, codes[1:2], config)
+    _, all_text, _ = read_clips(lm, codes, config)
+    torch.testing.assert_close(audio, alone)
+    torch.testing.assert_close(text, all_text)
+    _, text, audio = read_clips(lm, codes, config, [True] * 3, [False] * 3)
+    torch.testing.assert_close(text, all_text)
+    assert audio == 0

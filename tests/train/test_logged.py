@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.fit import main
+
+LOSSES = ("loss", "text_loss", "audio_loss")
 
 
 def test_what_is_logged_is_the_same_however_often_it_is_logged(
@@ -14,7 +17,8 @@ def test_what_is_logged_is_the_same_however_often_it_is_logged(
 ) -> None:
     logged = {}
     for every in (1, 3):
-        args = ["--model.loss.magnitude_reg=0", f"--trainer.log_every_n_steps={every}"]
+        args = ["--model.loss.magnitude_reg=0", "--model.loss.audio_weight=0.3"]
+        args.append(f"--trainer.log_every_n_steps={every}")
         events = EventAccumulator(str(main([*small, *args, f"--run_dir={tmp_path}/{every}"])))
         events.Reload()
         logged[every] = {
@@ -25,8 +29,11 @@ def test_what_is_logged_is_the_same_however_often_it_is_logged(
         }
     assert {step for _, step in logged[1]} == set(range(8))
     assert logged[3] == {key: value for key, value in logged[1].items() if key[1] in (2, 5)}
+    for step in range(8):
+        loss, text, audio = (logged[1][f"train/{name}", step] for name in LOSSES)
+        assert loss == pytest.approx(text + 0.3 * audio, rel=1e-5)
     per_layer = ("branch_ratio", "branch_ratio_max", "raw_branch_ratio", "gate")
     names = {f"{name}/layer_05" for name in per_layer}
-    names |= {"loss", "text_loss", "audio_loss", "magnitude_penalty"}
+    names |= {*LOSSES, "magnitude_penalty"}
     names |= {"grad_norm/gates", "grad_norm/memory"}
     assert {tag.removeprefix("train/") for tag, _ in logged[3]} == names

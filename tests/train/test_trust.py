@@ -162,14 +162,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def poison(batch: int) -> None:
         count = [0]
 
-        def hurt(lm: Any, codes: torch.Tensor, heard: Any = None) -> Any:
+        def hurt(lm: Any, codes: torch.Tensor, *rows: Any, **more: Any) -> Any:
             count[0] += lm.training and torch.is_grad_enabled()
             if count[0] != batch:
-                return forward(lm, codes, heard)
+                return forward(lm, codes, *rows, **more)
             layer = lm.transformer.layers[3]
             handle = layer.register_forward_pre_hook(lambda _, x: (x[0] * float("nan"),))
             try:
-                return forward(lm, codes, heard)
+                return forward(lm, codes, *rows, **more)
             finally:
                 handle.remove()
 
