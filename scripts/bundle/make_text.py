@@ -1,11 +1,15 @@
 """Write conversations as text alone, to be trained on beside spoken ones.
 
     python scripts/bundle/make_text.py build/text/drill --split drill --hours 900 --model build/tiny
+    python scripts/bundle/make_text.py build/pasted --split far --seed 1 --hours 300 \
+        --model build/tiny --words_of build/far/manifest.jsonl
 
 Moshi's language model was one of text before it heard anything, and so is the tiny one: recall and
 grammar need far more words than anyone wants to synthesise and encode. Each file holds what Moshi
 says, laid over steps as if it were spoken; the audio is unknown (-1), which is no input and no
-target. All facts are Moshi's own: one that only the user says is nowhere in such a file. Writes
+target. All facts are Moshi's own: one that only the user says is nowhere in such a file. With
+`--words_of` both sides are put together from the codes of phrases in spoken conversations: see
+word_bank.py. Writes
 OUT/text-SPLIT-NNNNN.npz and OUT/manifest.jsonl. Conversation i depends on the seed, the split, the
 range of lengths and i alone.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from make_conversations import Recipe, add_set, recipes, write_manifest
 from splits import SPLITS
 from timeline import SPEAKERS, plan
 from utterance import SAMPLE_RATE, Utterance
+from word_bank import WordBank, lay_pasted
 
 from moshi_ttt.command_line import add_model, parse, program_parser
 from moshi_ttt.data import CodesFormat
@@ -63,18 +68,31 @@ class Reader:
         return Utterance(silence, tuple(zip(words, edges, edges[1:], strict=False)))
 
 
-def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> tuple[str, float]:
-    """Write one conversation.
+@cache
+def _bank(manifest: Path, source: ModelSource) -> WordBank:
+    return WordBank.read(manifest, source)
+
+
+def write_text(
+    recipe: Recipe, folder: Path, source: ModelSource, words_of: Path | None = None
+) -> tuple[str, float]:
+    """Write one conversation, its sound unknown or that of phrases in a manifest.
 
     Returns:
         The name of its file, and its length in seconds.
     """
-    rng = recipe.rng(_STREAM)
+    rng, clock = recipe.rng(_STREAM), source.clock
     split = replace(SPLITS[recipe.split], own_share=1.0)
-    made = plan((Reader(rng), Reader(rng)), rng, recipe.least_sec, split)
-    words = [Word(text, *span) for text, span, who in made.alignments() if who == SPEAKERS[0]]
-    clock = source.clock
-    steps = clock.steps(made.duration_sec)
+    if words_of is None:
+        made = plan((Reader(rng), Reader(rng)), rng, recipe.least_sec, split)
+        steps = clock.steps(made.duration_sec)
+        codes = torch.full((Rows.of(source).count, steps), ZERO_TOKEN)
+        words = [Word(text, *span) for text, span, who in made.alignments() if who == SPEAKERS[0]]
+    else:
+        speakers = _bank(words_of, source).speakers(rng, clock)
+        made = plan(speakers, rng, recipe.least_sec, split)
+        steps = clock.steps(made.duration_sec)
+        codes, words = lay_pasted(made.placed, speakers, source, steps)
     laid = lay_text(
         words,
         source.tokenizer(),
@@ -83,7 +101,6 @@ def write_text(recipe: Recipe, folder: Path, source: ModelSource) -> tuple[str, 
         padding_id=source.text_padding_id,
         end_of_padding_id=source.end_of_text_padding_id,
     )
-    codes = torch.full((Rows.of(source).count, steps), ZERO_TOKEN)
     codes[TEXT_ROW] = laid.tokens
     path = folder / f"text-{recipe.name}{CODES_SUFFIX}"
     write_codes(path, codes, CodesFormat.of(source), f"text of {recipe}")
@@ -99,18 +116,19 @@ def main(
     minutes: tuple[float, float] = (3.0, 15.0),
     seed: int = 0,
     workers: int = 1,
+    words_of: Path | None = None,
 ) -> None:
     """Write the text files and their manifest.
 
     Raises:
-        UserError: the model cannot be read, or there is nothing to write.
+        UserError: the model or the words cannot be read, or there is nothing to write.
     """
     if not 0 < hours < float("inf"):
         raise UserError(f"--hours {hours:g} must be above 0; give hours of text, such as 300")
     todo = list(recipes(hours, split, seed, minutes))
     with settings_at("", source="--model"):
         source = open_source(model)
-    write = partial(write_text, folder=out, source=source)
+    write = partial(write_text, folder=out, source=source, words_of=words_of)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
         written = pool.map(write, todo, chunksize=4)
@@ -124,5 +142,6 @@ if __name__ == "__main__":
     add("out", type=Path, help="Folder to write.")
     add("--hours", type=float, required=True, help="Hours of text.")
     add_model(parser, required=True)
+    add("--words_of", type=Path, help="Manifest of speech whose phrases are the sound.")
     add_set(parser)
     run_program(partial(main, **vars(parse(parser, None))))
