@@ -68,9 +68,9 @@ class Reader:
         return Utterance(silence, tuple(zip(words, edges, edges[1:], strict=False)))
 
 
-@cache
-def _bank(manifest: Path, source: ModelSource) -> WordBank:
-    return WordBank.read(manifest, source)
+@cache  # by names, which are equal in every call of a process; a source is another one in each
+def _bank(manifest: Path, model: str) -> WordBank:
+    return WordBank.read(manifest, open_source(model))
 
 
 def write_text(
@@ -89,7 +89,7 @@ def write_text(
         codes = torch.full((Rows.of(source).count, steps), ZERO_TOKEN)
         words = [Word(text, *span) for text, span, who in made.alignments() if who == SPEAKERS[0]]
     else:
-        speakers = _bank(words_of, source).speakers(rng, clock)
+        speakers = _bank(words_of, source.name).speakers(rng, clock)
         made = plan(speakers, rng, recipe.least_sec, split)
         steps = clock.steps(made.duration_sec)
         codes, words = lay_pasted(made.placed, speakers, source, steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ def test_make_text_pastes_both_sides(manifest: Path, tmp_path: Path) -> None:
     made_with = CodesFormat.of(SOURCE)
     (name,) = (path.name for path in out.glob("*.npz"))
     assert torch.equal(read_codes(out / name, made_with), read_codes(again / name, made_with))
+
+
+def test_a_process_reads_the_phrases_once(manifest: Path, tmp_path: Path) -> None:
+    script: Any = importlib.import_module("make_text")
+    script._bank.cache_clear()
+    for recipe in script.recipes(0.03, "far", 0, (1.0, 1.0)):
+        # as a pool hands them to a process
+        script.write_text(recipe, tmp_path, pickle.loads(pickle.dumps(SOURCE)), manifest)
+    assert script._bank.cache_info().misses == 1
+    assert script._bank.cache_info().hits == 1
 
 
 def test_speech_without_words_beside_it_is_refused(manifest: Path) -> None:
