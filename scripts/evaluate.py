@@ -1,6 +1,7 @@
 """Measure a checkpoint, or vanilla Moshi, past its context; or compare runs.
 
     python scripts/evaluate.py --checkpoint runs/long60s/000/checkpoints/last.ckpt --seconds 120
+    python scripts/evaluate.py --checkpoint last.ckpt --context_steps 500  # another window
     python scripts/evaluate.py --model tiny --seconds 120
     python scripts/evaluate.py --model tiny --log_interval 100 | grep event=ring_turn
     python scripts/evaluate.py --compare runs/long60s/000 runs/evaluate/tiny_120s
@@ -91,7 +92,11 @@ def _parser() -> ArgumentParser:
     add: Any = parser.add_argument
     add_subjects(parser)
     add("--compare", type=Path, nargs="+", help="Run or evaluation folders to overlay.")
-    add("--context_steps", type=int, help="Ring capacity C, with --model only; null: its own.")
+    add(
+        "--context_steps",
+        type=int,
+        help="Ring capacity C to try it with; null: its own, or what it was trained with.",
+    )
     add("--seconds", type=float, help="Length; null: 150 steps past 2C.")
     add(
         "--log_interval",

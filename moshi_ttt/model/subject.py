@@ -43,20 +43,20 @@ def open_subject(
             has it: a `Path`, or a name that ends in .ckpt or .safetensors.
         device: where to put the model.
         dtype: weights' type of a source; None: float32.
-        context_steps: ring capacity C of a source; None: its own.
+        context_steps: ring capacity C; None: its own, or what a checkpoint was trained with.
         base: where the base of a checkpoint lies, as `load_trained` has it.
 
     Raises:
-        UserError: no such model; type or capacity of a checkpoint, which has its own; base of a
-            source, which is one.
+        UserError: no such model; an impossible capacity; type of a checkpoint, which has its own;
+            base of a source, which is one.
     """
+    window = "" if context_steps is None else f", C = {context_steps} steps"
     if is_checkpoint(name):
-        for key, value in (("context_steps", context_steps), ("dtype", dtype)):
-            if value is not None:
-                raise UserError(f"--{key} goes with --model; a checkpoint brings its own")
+        if dtype is not None:
+            raise UserError("--dtype goes with --model; a checkpoint brings its own")
         path = Path(name)
-        lm, source, _, trained_steps = load_trained(path, device, base)
-        label = f"{_run_folder(path).parent.name}/{_run_folder(path).name} {path.stem}"
+        lm, source, _, trained_steps = load_trained(path, device, base, context_steps)
+        label = f"{_run_folder(path).parent.name}/{_run_folder(path).name} {path.stem}{window}"
         return Subject(lm=lm, source=source, trained_steps=trained_steps, label=label)
     if base is not None:
         raise UserError(f"--base={base} goes with --checkpoint; --model {name} is a base itself")
@@ -65,7 +65,9 @@ def open_subject(
     lm = source.lm(
         device=device, dtype=getattr(torch, dtype or "float32"), context_steps=context_steps
     )
-    return Subject(lm=lm, source=source, trained_steps=None, label=f"{source.name} (vanilla)")
+    return Subject(
+        lm=lm, source=source, trained_steps=None, label=f"{source.name} (vanilla{window})"
+    )
 
 
 def is_checkpoint(name: str | Path) -> bool:

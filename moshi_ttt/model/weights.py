@@ -58,7 +58,10 @@ def _ordered(content: bytes) -> bytes:
 
 
 def load_trained(
-    path: Path, device: torch.device | str = "cpu", base: str | None = None
+    path: Path,
+    device: torch.device | str = "cpu",
+    base: str | None = None,
+    context_steps: int | None = None,
 ) -> tuple[LMModel, ModelSource, ModelConfig, int]:
     """Build the model of a file that `save_trained` wrote, and load its weights.
 
@@ -67,9 +70,11 @@ def load_trained(
         device: where to put the model.
         base: where its base lies now, as `open_source` has it; None: where it lay, but nothing is
             fetched from the hub because a file says so.
+        context_steps: ring capacity C to look at it with; None: the one it was trained with.
 
     Returns:
-        LM in eval mode, its source, its config, and the clip length it was trained on in steps.
+        LM in eval mode, its source, its config as it was trained, and the clip length it was
+        trained on in steps.
 
     Raises:
         UserError: no such file, not one of ours, or its base has changed since or is not here.
@@ -77,8 +82,12 @@ def load_trained(
     file = read_trained(path)
     source = _base_of(file, base)
     _check_base(file, source)
+    config = file.config
+    if context_steps is not None:
+        with settings_at("", context_steps="--context_steps"):
+            config = dataclasses.replace(config, context_steps=context_steps)
     with settings_at(f"{file.path}: model"):
-        lm = build_lm(file.config, source, device)
+        lm = build_lm(config, source, device)
     if problem := difference(file.header, _trainable(lm)):
         raise UserError(
             f"{file.path} does not fit its own config: {problem}; it was altered, or written by "

@@ -279,7 +279,7 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
         ([], "exactly one of"),
         (["--model", "tiny", "--checkpoint", "x.ckpt"], "exactly one of"),
         (["--checkpoint", "nowhere/last.ckpt"], "does not exist"),
-        (["--checkpoint", "x.ckpt", "--context_steps", "9"], "--context_steps goes with --model"),
+        (["--checkpoint", "x.ckpt", "--dtype", "bfloat16"], "--dtype goes with --model"),
         (["--model", "tiny", "--manifest", "nowhere.jsonl"], "cannot be read"),
         (["--compare", "nowhere", "--out", "x"], "nowhere"),
         (["--model", "nowhere"], "^--model='nowhere' is neither"),

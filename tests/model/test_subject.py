@@ -33,7 +33,7 @@ def test_a_source_is_opened_as_it_is(name: str) -> None:
     assert subject.lm.context == 12
     assert subject.lm.dtype == torch.bfloat16
     assert subject.trained_steps is None
-    assert subject.label == f"{name} (vanilla)"
+    assert subject.label == f"{name} (vanilla, C = 12 steps)"
     assert short_name(name) == "tiny"
     assert not hybrid_layers(subject.lm)
 
@@ -52,7 +52,14 @@ def test_a_checkpoint_is_opened_by_either_of_its_files(
     assert list(hybrid_layers(subject.lm)) == [5]
 
 
-@pytest.mark.parametrize("own", [{"context_steps": 12}, {"dtype": "float32"}])
-def test_what_a_checkpoint_brings_cannot_be_chosen(checkpoint: Path, own: dict[str, str]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(own))} goes with --model"):
-        open_subject(checkpoint, "cpu", **own)
+def test_a_checkpoint_may_be_looked_at_with_another_window(checkpoint: Path) -> None:
+    subject = open_subject(checkpoint, "cpu", context_steps=12)
+    assert subject.lm.context == 12
+    assert subject.label == "long60s/000 best, C = 12 steps"
+    with pytest.raises(UserError, match=r"^--context_steps=1 must be at least 2"):
+        open_subject(checkpoint, "cpu", context_steps=1)
+
+
+def test_the_type_of_a_checkpoint_cannot_be_chosen(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="--dtype goes with --model"):
+        open_subject(checkpoint, "cpu", dtype="float32")
