@@ -161,7 +161,7 @@ def find_jumps(
             )
     jumps = []
     for group in _groups(rises, window_steps):
-        jump = _jump(group, levels, window_steps, trace.critical_steps())
+        jump = _jump(group, rises, levels, window_steps, trace.critical_steps())
         if not jump.p_value > MAX_P_VALUE:  # NaN passes
             jumps.append(jump)
     return sorted(jumps, key=lambda jump: jump.step)
@@ -182,14 +182,19 @@ def _groups(rises: Sequence[LayerRise], window: int) -> list[list[LayerRise]]:
 
 def _jump(
     group: Sequence[LayerRise],
+    rises: Sequence[LayerRise],
     levels: dict[int, np.ndarray],
     window: int,
     critical: dict[str, int],
 ) -> Jump:
-    """One jump of the layers in `group`; `levels` are their log norms without the first steps."""
+    """One jump of the layers in `group`, of all `rises`.
+
+    `levels` are the layers' log norms without the first steps.
+    """
     generator = np.random.default_rng(0)
     clearest = max(group, key=lambda rise: rise.score)
     level = levels[clearest.layer]
+    others = [one.step for one in rises if one.layer == clearest.layer and one is not clearest]
     inside = int(np.median([rise.step for rise in group]))
     # the clearest layer places the jump as well as any; it tells how well
     first, last = place_interval(level, clearest.step, window, generator)
@@ -205,7 +210,7 @@ def _jump(
         layer_ratios=ratios,
         nearest=" = ".join(name for name, at in critical.items() if at == nearest) or None,
         distance_steps=None if nearest is None else step - nearest,
-        p_value=p_value(level, clearest.step, window, generator),
+        p_value=p_value(level, clearest.step, window, generator, others=others),
         first_step=min(inside, first) + SETTLE_STEPS,
         last_step=max(inside, last) + SETTLE_STEPS,
     )

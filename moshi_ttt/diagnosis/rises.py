@@ -8,6 +8,7 @@ steps lie below the middle of the rise before it and above it after it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,12 +202,13 @@ def p_value(
     window: int,
     generator: np.random.Generator,
     permutations: int = 300,
+    others: Sequence[int] = (),
 ) -> float:
     """How often streams that are shifted against each other rise together this much somewhere.
 
     Each stream keeps its own course, bursts and slow waves included, but is turned by a lag of
-    its own; what is left of agreement between the streams is chance. The neighbourhood of the
-    rise is left out of the null.
+    its own; what is left of agreement between the streams is chance. The neighbourhoods of this
+    rise and of the others are left out of the null: two real rises would be each other's chance.
 
     Args:
         level: log norm, [S, T].
@@ -214,6 +216,7 @@ def p_value(
         window: steps of the windows compared.
         generator: of the permutations.
         permutations: how many.
+        others: where else the layer rises.
 
     Returns:
         At least 1 / (permutations + 1); NaN for a single stream, which has nothing to agree with.
@@ -224,7 +227,9 @@ def p_value(
     rise = medians[:, window:] - medians[:, :-window]
     at = int(np.clip(position - window, 0, rise.shape[1] - 1))
     observed = float(np.median(rise[:, at]))
-    away = np.abs(np.arange(rise.shape[1]) - at) > 2 * window
+    away = np.ones(rise.shape[1], dtype=bool)
+    for step in (position, *others):
+        away &= np.abs(np.arange(rise.shape[1]) + window - step) > 2 * window
     usual = rise[:, away][:, ::STRIDE_STEPS]
     if usual.shape[1] < 10:
         return float("nan")
