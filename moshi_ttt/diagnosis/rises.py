@@ -16,6 +16,7 @@ from scipy.ndimage import maximum_filter1d, median_filter
 
 MIN_AGREEMENT = 0.75  # fraction of streams that must show at least half of the typical rise
 HELD_WINDOWS = 3  # windows after the rise that must keep half of it; 3 x 50 steps = 12 s
+FALLING_SHARE = 0.7  # of all positions lies below the one a window before where a layer falls
 LASTING_SHARE = 0.75  # of the blocks around a rise must lie on their side of its middle
 SINGLE_STREAM = 1.1  # score asked of a stream that no other confirms, over the usual one
 BLOCK_STEPS = 10  # shorter than a pause, longer than the memory of the noise
@@ -92,10 +93,11 @@ def layer_rises(
 
 
 def _steady_growth(typical: np.ndarray, window: int) -> np.ndarray:
-    """What the layer gains over one window where nothing happens, at every position; never a fall.
+    """What the layer gains over one window where nothing happens, at every position.
 
     A line through the medians of the first and the last third, so that growth may slow down or
-    speed up; a constant where a single rise would fill most of a third.
+    speed up; a constant where a single rise would fill most of a third. A loss only where the layer
+    falls nearly throughout: elsewhere the end of a fall would look like a rise.
     """
     count = len(typical)
     usual = np.full(count, float(np.median(typical)))
@@ -104,7 +106,8 @@ def _steady_growth(typical: np.ndarray, window: int) -> np.ndarray:
         first, last = np.median(typical[:third]), np.median(typical[-third:])
         line = (last - first) / (count - third) * np.arange(count)
         usual = line + np.median(typical - line)
-    return np.asarray(np.maximum(0.0, usual))
+    falls = (typical < 0).mean() >= FALLING_SHARE
+    return usual if falls else np.maximum(0.0, usual)
 
 
 def _lasts(level: np.ndarray, position: int, window: int, slope: float) -> bool:
