@@ -4,6 +4,7 @@
     python scripts/evaluate.py --checkpoint last.ckpt --context_steps 500  # another window
     python scripts/evaluate.py --model tiny --seconds 120
     python scripts/evaluate.py --model tiny --log_interval 100 | grep event=ring_turn
+    python scripts/evaluate.py --model tiny --input me.wav --output moshi.wav   # what it answers
     python scripts/evaluate.py --compare runs/long60s/000 runs/evaluate/tiny_120s
 
 The same instrumented generation as after each training epoch, and the same report. Nothing is
@@ -24,7 +25,8 @@ from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
-from moshi_ttt.evaluation.folder import CONFIG, Evaluation, find_evaluations
+from moshi_ttt.evaluation.folder import CONFIG, Evaluation, find_evaluations, write_wav
+from moshi_ttt.evaluation.reply import reply
 from moshi_ttt.files import claim_folder, write_bytes
 from moshi_ttt.model.subject import open_subject, short_name
 from moshi_ttt.report import compare_report, headline, write_report
@@ -34,7 +36,7 @@ def main(args: list[str] | None = None) -> Path:
     """Do what the command line says.
 
     Returns:
-        The report.
+        The report, or the transcript of an answer.
     """
     parser = _parser()
     options = parse(parser, args)
@@ -46,6 +48,8 @@ def main(args: list[str] | None = None) -> Path:
             find_evaluations(folder)
         out = claim_folder(options.out or Path("runs/compare"), "--out")
         return compare_report(options.compare, out / "report.html")
+    if (options.input is None) != (options.output is None):
+        raise UserError("--input and --output go together: a recording, and the WAV file to write")
     subject = open_subject(
         options.checkpoint or options.model,
         options.device,
@@ -54,6 +58,14 @@ def main(args: list[str] | None = None) -> Path:
         base=options.base,
     )
     lm, source = subject.lm, subject.source
+    if options.input:
+        with settings_at("run"):
+            said = reply(lm, source, options.input, LongRunConfig(**vars(options.run)))
+        write_wav(options.output, said.sound, source.clock.sample_rate)
+        transcript = options.output.with_suffix(".txt")
+        write_bytes(transcript, said.transcript().encode())
+        print(said.transcript(), end="")
+        return transcript
     with settings_at("run", seconds="--seconds", log_interval_steps="--log_interval"):
         run = LongRunConfig(
             seconds=options.seconds,
@@ -97,6 +109,8 @@ def _parser() -> ArgumentParser:
         type=int,
         help="Ring capacity C to try it with; null: its own, or what it was trained with.",
     )
+    add("--input", type=Path, help="Recording of a user, to be answered instead of an evaluation.")
+    add("--output", type=Path, help="WAV file of the answer; a .txt beside it has its words.")
     add("--seconds", type=float, help="Length; null: 150 steps past 2C.")
     add(
         "--log_interval",
@@ -112,4 +126,4 @@ def _parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    print(f"report: {run_program(main)}")
+    print(f"written: {run_program(main)}")

@@ -25,15 +25,19 @@ BLOCK_SAMPLES = 2**20
 MOST_SAMPLES = 2**29  # of a channel: 4 GiB when read, 6.2 h at 24 kHz
 
 
-def inspect_audio(path: Path) -> tuple[float, int]:
+def inspect_audio(path: Path, channels: Sequence[int] = (CHANNELS,)) -> tuple[float, int]:
     """Read the header only.
+
+    Args:
+        path: any format that libsndfile reads.
+        channels: how many there may be.
 
     Returns:
         Length in seconds, and the sample rate.
 
     Raises:
-        UserError: missing, unreadable, empty, not stereo, or a header that claims an impossible
-            rate or length.
+        UserError: missing, unreadable, empty, of other channels, or a header that claims an
+            impossible rate or length.
     """
     require_readable(path, "audio file", PATHS_REMEDY)
     try:
@@ -43,7 +47,11 @@ def inspect_audio(path: Path) -> tuple[float, int]:
             f"{path} is not readable audio ({error}); convert it to WAV, FLAC or Ogg, or remove "
             "the line"
         ) from error
-    if info.channels != CHANNELS:
+    if info.channels not in channels and 1 in channels:
+        raise UserError(
+            f"{path} has {info.channels} channels; give one, or two of which the right is the user"
+        )
+    if info.channels not in channels:
         raise UserError(
             f"{path} has {info.channels} channel(s); two are needed, left = Moshi, right = user. "
             "For a recording of Moshi's side alone add a silent user, e.g. "
@@ -65,26 +73,35 @@ def inspect_audio(path: Path) -> tuple[float, int]:
     return info.frames / info.samplerate, info.samplerate
 
 
-def read_audio(path: Path, sample_rate: int) -> Tensor:
-    """Read a whole stereo recording, resampled where needed.
+def read_user(path: Path, sample_rate: int) -> Tensor:
+    """The user's side of a recording, [samples] float32: its only channel, or the right of two.
+
+    Arguments and errors as of `read_audio`.
+    """
+    return read_audio(path, sample_rate, (1, CHANNELS))[-1]
+
+
+def read_audio(path: Path, sample_rate: int, channels: Sequence[int] = (CHANNELS,)) -> Tensor:
+    """Read a whole recording, stereo unless told otherwise, resampled where needed.
 
     Args:
         path: any format that libsndfile reads.
         sample_rate: wanted rate, Hz.
+        channels: how many there may be.
 
     Returns:
-        [2, samples] float32.
+        [channels, samples] float32.
 
     Raises:
         UserError: as `inspect_audio`, or the body is damaged, cut short, or holds NaN, infinity or
             samples far beyond full scale.
     """
-    duration_sec, file_rate = inspect_audio(path)
+    duration_sec, file_rate = inspect_audio(path, channels)
     expected = round(duration_sec * file_rate)
-    samples = np.empty((CHANNELS, expected), np.float32)
     decoded = 0
     try:
         with soundfile.SoundFile(path) as file:
+            samples = np.empty((file.channels, expected), np.float32)
             # in blocks: only what is there takes memory, whatever the header says
             for start in range(0, expected, BLOCK_SAMPLES):
                 block = file.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)
