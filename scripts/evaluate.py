@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from moshi_ttt.command_line import add_device, add_held_out, add_subjects, parse, program_parser
 from moshi_ttt.data import read_recordings
@@ -28,7 +28,7 @@ from moshi_ttt.evaluation.evaluate import evaluate
 from moshi_ttt.evaluation.folder import CONFIG, Evaluation, find_evaluations, write_wav
 from moshi_ttt.evaluation.reply import reply
 from moshi_ttt.files import claim_folder, write_bytes
-from moshi_ttt.model.subject import open_subject, short_name
+from moshi_ttt.model.subject import Subject, open_subject, short_name
 from moshi_ttt.report import compare_report, headline, write_report
 
 
@@ -57,15 +57,23 @@ def main(args: list[str] | None = None) -> Path:
         context_steps=options.context_steps,
         base=options.base,
     )
+    return _answer(subject, options) if options.input else _evaluate(subject, options, parser)
+
+
+def _answer(subject: Subject, options: Namespace) -> Path:
+    """Let it answer a recording; the transcript, beside the sound."""
+    with settings_at("run"):
+        said = reply(subject.lm, subject.source, options.input, LongRunConfig(**vars(options.run)))
+    write_wav(options.output, said.sound, subject.source.clock.sample_rate)
+    transcript: Path = options.output.with_suffix(".txt")
+    write_bytes(transcript, said.transcript().encode())
+    print(said.transcript(), end="")
+    return transcript
+
+
+def _evaluate(subject: Subject, options: Namespace, parser: ArgumentParser) -> Path:
+    """Let it talk, and measure; the report."""
     lm, source = subject.lm, subject.source
-    if options.input:
-        with settings_at("run"):
-            said = reply(lm, source, options.input, LongRunConfig(**vars(options.run)))
-        write_wav(options.output, said.sound, source.clock.sample_rate)
-        transcript = options.output.with_suffix(".txt")
-        write_bytes(transcript, said.transcript().encode())
-        print(said.transcript(), end="")
-        return transcript
     with settings_at("run", seconds="--seconds", log_interval_steps="--log_interval"):
         run = LongRunConfig(
             seconds=options.seconds,

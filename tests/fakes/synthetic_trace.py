@@ -179,3 +179,16 @@ def remembered(kept: float, reset: float, other: float | None) -> dict[str, dict
     found = {"kept": kept, "reset": reset} | ({} if other is None else {"other": other})
     own = {memory: BINS | {"accuracy": [0.9, 0.6, far, far]} for memory, far in found.items()}
     return {memory: {"own": bins, "heard": BINS} for memory, bins in own.items()}
+
+
+SHAPE = (4, 4, 900)  # streams, layers, steps: what the tiny model's default evaluation records
+
+
+def trace_of(log_norm: np.ndarray, **settings: object) -> Trace:
+    """A run without memory that has these log norms."""
+    return make_trace(log_norm=log_norm, hybrid_layers=(), **settings)  # type: ignore[arg-type]
+
+
+def quiet(shape: tuple[int, int, int] = SHAPE, seed: int = 0) -> np.ndarray:
+    """Log norms in which nothing happens."""
+    return noise(np.random.default_rng(seed), shape, sd=0.06)
