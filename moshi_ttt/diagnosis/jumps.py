@@ -15,7 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.diagnosis.rises import LayerRise, layer_rises, p_value, place_interval
+from moshi_ttt.diagnosis.rises import (
+    BLOCK_STEPS,
+    LayerRise,
+    growth_span,
+    layer_rises,
+    p_value,
+    place_interval,
+)
 from moshi_ttt.errors import UserError, check_bounds
 from moshi_ttt.instruments.events import Event
 from moshi_ttt.instruments.trace import Trace
@@ -51,6 +58,8 @@ class Jump:
     """Start of the 95 % interval of `step`."""
     last_step: int
     """End of that interval."""
+    gradual: bool
+    """Whether it is no step but growth, from `first_step` to `last_step`."""
 
     @property
     def first_layer(self) -> int:
@@ -91,15 +100,15 @@ class Jump:
 
     def describe(self, clock: Clock) -> str:
         """One sentence, e.g. for a log: position, size, layers and what lies nearest."""
-        depth = spans(self.layers)
+        depth = f"layer{'s' if len(self.layers) > 1 else ''} {spans(self.layers)}"
+        if self.gradual:
+            first, last = clock.describe(self.first_step), clock.describe(self.last_step)
+            return f"input norm grows x{self.ratio:.2f} from {first} to {last}; {depth}"
         place = ""
         if self.nearest is not None and self.distance_steps is not None:
             side = "after" if self.distance_steps >= 0 else "before"
             place = f", {abs(self.distance_steps)} steps {side} {self.nearest}"
-        return (
-            f"input norm x{self.ratio:.2f} at {clock.describe(self.step)}{place}; "
-            f"layer{'s' if len(self.layers) > 1 else ''} {depth}"
-        )
+        return f"input norm x{self.ratio:.2f} at {clock.describe(self.step)}{place}; {depth}"
 
 
 class Searched(Protocol):
@@ -164,7 +173,16 @@ def find_jumps(
         jump = _jump(group, rises, levels, window_steps, trace.critical_steps())
         if not jump.p_value > MAX_P_VALUE:  # NaN passes
             jumps.append(jump)
-    return sorted(jumps, key=lambda jump: jump.step)
+    return sorted(_apart(jumps), key=lambda jump: jump.step)
+
+
+def _apart(jumps: Sequence[Jump]) -> list[Jump]:
+    """Without those that lie in the growth of a clearer one."""
+    kept: list[Jump] = []
+    for jump in sorted(jumps, key=lambda jump: -jump.score):
+        if not any(one.gradual and one.first_step <= jump.step <= one.last_step for one in kept):
+            kept.append(jump)
+    return kept
 
 
 def _groups(rises: Sequence[LayerRise], window: int) -> list[list[LayerRise]]:
@@ -198,8 +216,13 @@ def _jump(
     inside = int(np.median([rise.step for rise in group]))
     # the clearest layer places the jump as well as any; it tells how well
     first, last = place_interval(level, clearest.step, window, generator)
-    step = inside + SETTLE_STEPS
     ratios = tuple(float(np.exp(rise.log_ratio)) for rise in group)
+    span = growth_span(level, clearest.step, window)
+    if span is not None:
+        first, last = span
+        inside = int(np.clip(inside, first, last))
+        ratios = tuple(_ratio_over(levels[rise.layer], first, last, window) for rise in group)
+    step = inside + SETTLE_STEPS
     nearest = min(critical.values(), key=lambda at: abs(at - step), default=None)
     return Jump(
         step=step,
@@ -213,7 +236,16 @@ def _jump(
         p_value=p_value(level, clearest.step, window, generator, others=others),
         first_step=min(inside, first) + SETTLE_STEPS,
         last_step=max(inside, last) + SETTLE_STEPS,
+        gradual=span is not None,
     )
+
+
+def _ratio_over(level: np.ndarray, first: int, last: int, window: int) -> float:
+    """Norm in the window after `last` over that in the window before `first`."""
+    before = level[:, max(0, first - window) : max(first, BLOCK_STEPS)]
+    after = level[:, min(last, level.shape[1] - BLOCK_STEPS) : last + window]
+    rise = np.median(after, axis=1) - np.median(before, axis=1)
+    return float(np.exp(np.median(rise)))
 
 
 def spans(layers: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from scipy.ndimage import maximum_filter1d, median_filter
@@ -20,6 +21,8 @@ FALLING_SHARE = 0.7  # of all positions lies below the one a window before where
 LASTING_SHARE = 0.75  # of the blocks around a rise must lie on their side of its middle
 SINGLE_STREAM = 1.1  # score asked of a stream that no other confirms, over the usual one
 BLOCK_STEPS = 10  # shorter than a pause, longer than the memory of the noise
+GROWTH_WINDOWS = 4  # looked at before and after a rise, to tell growth from a step
+GROWTH_GAIN = 0.1  # by how much less a ramp must err than a step does
 MAD_TO_SD = 1.4826  # median absolute deviation to standard deviation, for a normal distribution
 MEDIAN_SD = 1.2533  # sd of a median of n over sd / sqrt(n)
 STRIDE_STEPS = 5  # contrasts of neighbouring positions are nearly equal; the null takes every 5th
@@ -197,6 +200,36 @@ def place_interval(
         costs += np.abs(curve - low) - np.abs(curve - high)
     low_step, high_step = np.quantile(_splits(costs), (0.025, 0.975))
     return min(position, start + int(low_step)), max(position, start + int(np.ceil(high_step)))
+
+
+def growth_span(level: np.ndarray, position: int, window: int) -> tuple[int, int] | None:
+    """Where growth begins and ends that a search for steps has found; None if it is a step.
+
+    A ramp between two levels must fit the streams' median, from four windows before to four
+    windows after, at least a tenth better than the best step does. (Over 30 runs each, steps of
+    1.25 to 1.5 times gave at most 0.03 and growth over 50 steps and more at least 0.19.)
+
+    Args:
+        level: log norm, [S, T].
+        position: where the rise is.
+        window: steps of the windows compared.
+    """
+    start = max(0, position - GROWTH_WINDOWS * window)
+    curve = np.median(level[:, start : position + GROWTH_WINDOWS * window], axis=0)
+    steps, edges = np.arange(len(curve)), np.arange(0, len(curve) + 1, BLOCK_STEPS)
+    lows = [np.median(curve[: max(edge, BLOCK_STEPS)]) for edge in edges]
+    highs = [np.median(curve[min(edge, len(curve) - BLOCK_STEPS) :]) for edge in edges]
+    best: dict[bool, tuple[float, int, int]] = {}
+    for (begin, low), (end, high) in product(
+        zip(edges, lows, strict=True), zip(edges, highs, strict=True)
+    ):
+        if begin <= end:
+            width, is_step = max(1, end - begin), bool(begin == end)
+            ramp = np.clip((steps - begin + is_step) / width, 0, 1)
+            found = float(np.abs(curve - low - (high - low) * ramp).sum()), int(begin), int(end)
+            best[is_step] = min(best.get(is_step, found), found)
+    error, first, last = best[False]
+    return (start + first, start + last) if error < (1 - GROWTH_GAIN) * best[True][0] else None
 
 
 def p_value(

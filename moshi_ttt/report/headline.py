@@ -100,7 +100,10 @@ def _norms(jumps: Sequence[Jump], trace: Trace) -> str:
     span += "reading" if only_reads(trace) else "talking"
     if jumps:
         largest = max(jumps, key=lambda jump: jump.ratio).describe(trace.clock)
-        count = "is a jump" if len(jumps) == 1 else f"are {len(jumps)} jumps, the largest"
+        count = "is growth, no jump" if jumps[0].gradual else "is a jump"
+        if len(jumps) > 1:
+            kind = "lasting rises" if any(jump.gradual for jump in jumps) else "jumps"
+            count = f"are {len(jumps)} {kind}, the largest"
         return f"{span} there {count}: {largest}"
     if not can_be_searched(trace):
         return f"{span} no jump of the norms could be seen"

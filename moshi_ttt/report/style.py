@@ -201,10 +201,14 @@ def _draw_marks(
 def mark_jumps(axes: Axes, jumps: Sequence[Jump], clock: Clock) -> None:
     """A line and a label (size, position) at the foot of the axes for every jump found."""
     for jump in jumps:
-        axes.axvline(jump.step, color=JUMP_COLOR, linewidth=1.2, alpha=0.8)
+        if jump.gradual:
+            axes.axvspan(jump.first_step, jump.last_step, color=JUMP_COLOR, alpha=0.15)
+        else:
+            axes.axvline(jump.step, color=JUMP_COLOR, linewidth=1.2, alpha=0.8)
+        kind = "growth" if jump.gradual else "jump"
         late = jump.step > 0.6 * axes.get_xlim()[1]
         axes.annotate(
-            f"jump x{jump.ratio:.2f}\nstep {jump.step} = {clock.seconds(jump.step):.1f} s",
+            f"{kind} x{jump.ratio:.2f}\nstep {jump.step} = {clock.seconds(jump.step):.1f} s",
             (jump.step, 0.0),
             xycoords=("data", "axes fraction"),
             xytext=(-4 if late else 4, 5),

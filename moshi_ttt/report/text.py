@@ -70,7 +70,7 @@ GLOSSARY = {
     "above the layer's usual variation, and held afterwards. scripts/attribute_jump.py measures a "
     "rise otherwise, by means of 40 steps and from 10 % on: it compares runs in pairs and "
     "resamples their streams, for which only means add up; one run by itself needs medians, which "
-    "bursts do not move, and 15 %.",
+    "bursts do not move, and 15 %. Growth is a rise that a ramp fits clearly better than a step.",
     "score": "Size of a jump in units of the layer's usual variation from window to window.",
     "branch ratio": "Norm of what the memory adds over the norm of the residual it is added to.",
     "gate": "What the memory's output is multiplied by before it is added; 0 is plain Moshi.",
@@ -115,7 +115,11 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
             f"({clock.seconds(trace.steps):.0f} s)."
         )
     for jump in sorted(jumps, key=lambda one: -one.ratio):
-        line = f"Jump: {jump.describe(clock)}; {jump.agreement:.0%} of the streams rise."
+        kind = "Growth, no jump" if jump.gradual else "Jump"
+        line = f"{kind}: {jump.describe(clock)}; {jump.agreement:.0%} of the streams rise."
+        if jump.gradual:  # it has no one place, to be near to another
+            lines.append(line)
+            continue
         if jump.distance_steps is None or abs(jump.distance_steps) > NEAR_STEPS:
             line += " No structural position is near."
         elif jump.nearest is not None and " = " in jump.nearest:

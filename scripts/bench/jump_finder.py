@@ -98,6 +98,17 @@ WITHOUT_A_STEP: dict[str, Shape] = {
 }
 
 
+_AT = np.arange(STEPS)
+GROWTH: dict[str, np.ndarray] = {
+    "to x2 with a time constant of 75 steps, from the beginning": np.log(2 - np.exp(-_AT / 75)),
+    "logistic to x2, 10 to 90 % in 176 steps": np.log(2) / (1 + np.exp(-(_AT - 450) / 40)),
+    "to x1.6 in 100 steps": np.log(1.6) * np.clip((_AT - 400) / 100, 0, 1),
+    "to x1.6 in 50 steps": np.log(1.6) * np.clip((_AT - 400) / 50, 0, 1),
+    "a step to x1.25": np.log(1.25) * (_AT >= 400),
+    "a step to x1.6": np.log(1.6) * (_AT >= 400),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Planted:
     """Runs with rises of two of the layers."""
@@ -180,6 +191,20 @@ def with_ruptures() -> dict[str, Finder]:
     }
 
 
+def _growth_table(trials: int) -> list[str]:
+    """How smooth growth is reported, and steps beside it."""
+    lines = ["\nRuns with growth, 4 streams, %:\n"]
+    lines += ["| | reported as growth | as a step |\n|---|---|---|"]
+    for name, growth in GROWTH.items():
+        kinds = [
+            {jump.gradual for jump in find_jumps(Norms(np.exp(noise(generator, 4, 0.06) + growth)))}
+            for generator in map(np.random.default_rng, range(trials))
+        ]
+        shares = [100 * sum(kind in one for one in kinds) / trials for kind in (True, False)]
+        lines.append(f"| {name} | " + " | ".join(f"{share:.1f}" for share in shares) + " |")
+    return lines
+
+
 def main(args: list[str] | None = None) -> None:
     """Measure and print."""
     parser = program_parser(__doc__)
@@ -225,6 +250,7 @@ def main(args: list[str] | None = None) -> None:
                 alarms += bool(find(noise(generator, 4, 0.06) + shape(generator, 4)))
             row.append(f"{100 * alarms / options.trials:.1f}")
         lines.append(f"| {' | '.join(row)} |")
+    lines += _growth_table(options.trials)
     print("\n".join(lines))
     for streams, layers, steps in ((8, 32, 950), (8, 32, 6100)):
         log_norm = np.random.default_rng(0).normal(size=(streams, layers, steps)) * 0.1

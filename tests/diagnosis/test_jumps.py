@@ -258,7 +258,7 @@ def test_records_of_another_version_are_refused_with_the_remedy() -> None:
 
 
 def test_a_jump_is_described_in_all_three_clocks() -> None:
-    jump = Jump(763, 1.41, 9.0, 1.0, (0, 1, 3), (1.4, 1.41, 1.5), "2C", 13, 0.01, 760, 766)
+    jump = Jump(763, 1.41, 9.0, 1.0, (0, 1, 3), (1.4, 1.41, 1.5), "2C", 13, 0.01, 760, 766, False)
     assert jump.describe(Clock()) == (
         "input norm x1.41 at step 763 (61.04 s, legacy token 6104), 13 steps after 2C; "
         "layers 0-1, 3"

@@ -7,12 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_trace import BINS, RECALL, make_trace, remembered, write_evaluation
+from synthetic_trace import (
+    BINS,
+    RECALL,
+    make_trace,
+    quiet,
+    remembered,
+    trace_of,
+    write_evaluation,
+)
 
+from moshi_ttt.diagnosis.jumps import find_jumps
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.files import write_json
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import headline, write_report
+from moshi_ttt.report.text import findings
 
 
 @pytest.fixture
@@ -108,6 +118,17 @@ def test_a_jump_is_told_with_its_place_and_the_memory_with_its_share(say: Any) -
         f"the memory adds {share.max():.1%} of the residual's norm in layer {layer}, where it adds "
         "most."
     )
+
+
+def test_growth_is_told_from_a_jump(say: Any) -> None:
+    ramp = np.log(1.6) * np.clip((np.arange(900) - 400) / 100, 0, 1)
+    grown = trace_of(quiet() + ramp)
+    assert "in 72 s of talking there is growth, no jump: input norm grows x1." in say(grown).lower()
+    (line, *_) = findings(grown, find_jumps(grown))
+    assert line.startswith("Growth, no jump: input norm grows x1.")
+    assert line.endswith("% of the streams rise.")
+    both = trace_of(quiet() + ramp + np.log(1.5) * (np.arange(900) >= 700))
+    assert "there are 2 lasting rises, the largest: input norm" in say(both)
 
 
 def test_no_jump_is_told_apart_from_none_that_could_be_seen(say: Any) -> None:
