@@ -255,7 +255,7 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
     assert turns == [("12", "1"), ("24", "2"), ("36", "3")]
     assert {"0", "10", "20", "30"} <= {one["step"] for one in fields}
     assert report == tmp_path / "vanilla/001/report.html"
-    assert "tiny (vanilla)" in report.read_text()
+    assert "tiny (vanilla, C = 12 steps)" in report.read_text()
     settings = yaml.safe_load((report.parent / "config.yaml").read_text())
     assert settings["context_steps"] == 12
     assert settings["run"]["seeds"] == 2
@@ -269,7 +269,7 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
     assert overlay == tmp_path / "both/000/report.html"
     text = overlay.read_text()
     assert "different lengths" in text
-    assert "tiny (vanilla)" in text
+    assert "tiny (vanilla, C = 12 steps)" in text
     assert "epoch 1" in text
 
 
