@@ -8,14 +8,15 @@
 #   sh scripts/bundle/tiny_bundle.sh                 # all parts, in the order of the last lines
 #   sh scripts/bundle/tiny_bundle.sh text speech     # some of them; text and speech may run side by side
 #
-# CODEC_HOURS=1 CODEC_MINUTES=1 HOURS=1 TEXT_HOURS=5 DRILL_STEPS=10 MIX_STEPS=10 MEMORY_STEPS=10 shortens.
+# CODEC_HOURS=1 CODEC_MINUTES=1 HOURS=1 FAR_HOURS=1 PASTED_HOURS=1 TEXT_HOURS=5 DRILL_STEPS=10 MIX_STEPS=10 MEMORY_STEPS=10 shortens.
 # What it leaves in $BUILD: tiny/ (the model), conversations/ (codes to ship), baseline/ (numbers).
 set -eu
 BUILD=${BUILD:-build}
 CODEC_HOURS=${CODEC_HOURS:-4}
 CODEC_MINUTES=${CODEC_MINUTES:-10}
 HOURS=${HOURS:-40}
-FAR_HOURS=${FAR_HOURS:-5}
+FAR_HOURS=${FAR_HOURS:-30}
+PASTED_HOURS=${PASTED_HOURS:-300}
 HELDOUT_HOURS=${HELDOUT_HOURS:-2.5}
 BUNDLE_HOURS=${BUNDLE_HOURS:-1.5}
 TEXT_HOURS=${TEXT_HOURS:-900}
@@ -94,8 +95,10 @@ base() {
 }
 
 memory() {
-    # one hour of eight is spoken
-    lines text/far far far far train train train >"$BUILD/far.jsonl"
+    # new sentences in the sound of phrases that were spoken: without them a memory knows the spoken ones by heart
+    $PYTHON scripts/bundle/make_text.py "$BUILD/pasted" --split far --seed 1 --hours "$PASTED_HOURS" \
+        --minutes 8 20 --model "$BUILD/tiny" --words_of "$BUILD/far/manifest.jsonl"
+    lines text/far pasted far far far far far far far >"$BUILD/far.jsonl"
     $PYTHON train/fit.py --config tiny_memory.yaml --model.source "$BUILD/tiny" --run_dir "$BUILD/memory" \
         --data.manifest "$BUILD/far.jsonl" --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
         --trainer.max_steps "$MEMORY_STEPS"
