@@ -9,9 +9,8 @@ grammar need far more words than anyone wants to synthesise and encode. Each fil
 says, laid over steps as if it were spoken; the audio is unknown (-1), which is no input and no
 target. All facts are Moshi's own: one that only the user says is nowhere in such a file. With
 `--words_of` both sides are put together from the codes of phrases in spoken conversations: see
-word_bank.py. Writes
-OUT/text-SPLIT-NNNNN.npz and OUT/manifest.jsonl. Conversation i depends on the seed, the split, the
-range of lengths and i alone.
+word_bank.py. Writes OUT/text-SPLIT-NNNNN.npz and OUT/manifest.jsonl. Conversation i depends on the
+seed, the split, the range of lengths, the phrases and i alone.
 """
 
 from __future__ import annotations

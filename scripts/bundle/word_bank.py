@@ -171,8 +171,19 @@ class WordBank:
     def speakers(
         self, rng: np.random.Generator, clock: Clock
     ) -> tuple[PastedSpeaker, PastedSpeaker]:
-        """One voice of each side."""
-        own, user = (side[sorted(side)[rng.integers(len(side))]] for side in self.sides)
+        """One voice of each side, of those that can be silent.
+
+        Raises:
+            UserError: a side is never silent for a second.
+        """
+        usable = [sorted(name for name, one in side.items() if one.pauses) for side in self.sides]
+        for names, who in zip(usable, SPEAKERS, strict=True):
+            if not names:
+                raise UserError(f"--words_of: {who} is never silent for a second; give more speech")
+        own, user = (
+            side[names[rng.integers(len(names))]]
+            for side, names in zip(self.sides, usable, strict=True)
+        )
         return PastedSpeaker(own, rng, clock), PastedSpeaker(user, rng, clock)
 
 

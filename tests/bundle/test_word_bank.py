@@ -114,6 +114,15 @@ def test_a_process_reads_the_phrases_once(manifest: Path, tmp_path: Path) -> Non
     assert script._bank.cache_info().hits == 1
 
 
+def test_a_side_that_is_never_silent_is_refused(manifest: Path) -> None:
+    beside = json.loads(manifest.with_name("a.json").read_text())
+    beside["alignments"] = [["Hello,", (0.1, 19.5), "SPEAKER_MAIN"], *beside["alignments"][-4:]]
+    manifest.with_name("a.json").write_text(json.dumps(beside))
+    bank = importlib.import_module("word_bank").WordBank.read(manifest, SOURCE)
+    with pytest.raises(UserError, match="SPEAKER_MAIN is never silent"):
+        bank.speakers(np.random.default_rng(0), SOURCE.clock)
+
+
 def test_speech_without_words_beside_it_is_refused(manifest: Path) -> None:
     manifest.with_name("a.json").unlink()
     with pytest.raises(UserError, match=r"a\.npz has no words beside it"):
