@@ -47,11 +47,12 @@ def inspect_audio(path: Path, channels: Sequence[int] = (CHANNELS,)) -> tuple[fl
             f"{path} is not readable audio ({error}); convert it to WAV, FLAC or Ogg, or remove "
             "the line"
         ) from error
-    if info.channels not in channels and 1 in channels:
-        raise UserError(
-            f"{path} has {info.channels} channels; give one, or two of which the right is the user"
-        )
     if info.channels not in channels:
+        if 1 in channels:
+            raise UserError(
+                f"{path} has {info.channels} channels; give one, or two of which the right is the "
+                "user"
+            )
         raise UserError(
             f"{path} has {info.channels} channel(s); two are needed, left = Moshi, right = user. "
             "For a recording of Moshi's side alone add a silent user, e.g. "

@@ -150,10 +150,7 @@ class WordBank:
             UserError: the manifest or a recording cannot be read, or has no words beside it.
         """
         rows, made_with = Rows.of(source), CodesFormat.of(source)
-        sides: tuple[dict[str, _Voice], dict[str, _Voice]] = (
-            defaultdict(_Voice),
-            defaultdict(_Voice),
-        )
+        sides: tuple[Voices, Voices] = defaultdict(_Voice), defaultdict(_Voice)
         for entry in read_manifest(manifest)[0]:
             if not entry.alignments_path.is_file():
                 raise UserError(f"{entry.path} has no words beside it; encode it --with_words")
@@ -196,15 +193,15 @@ def lay_pasted(
     """Codes [17, steps] of a conversation, its text row unknown (-1), and when Moshi says what."""
     rows, clock = Rows.of(source), source.clock
     codes = torch.full((rows.count, steps), ZERO_TOKEN, dtype=torch.int64)
-    own = rows.own, rows.user
-    for side, speaker in zip(own, speakers, strict=True):
+    sides = rows.own, rows.user
+    for side, speaker in zip(sides, speakers, strict=True):
         codes[side] = speaker.silence(steps).to(codes.dtype)
     words = []
     for item in placed:
         said = item.utterance
         assert isinstance(said, PastedUtterance)
         first = int(item.start_sec // clock.step_sec)
-        there = codes[own[item.speaker], first : first + said.codes.shape[1]]
+        there = codes[sides[item.speaker], first : first + said.codes.shape[1]]
         there.copy_(said.codes[:, : there.shape[1]])
         if item.speaker == 0:
             for (text, start, end), step in zip(said.words, said.steps, strict=True):
