@@ -35,7 +35,7 @@ class LossConfig:
     predicts no audio."""
     audio_every: int = 1
     """Training predicts the audio of one in so many spoken clips, in turn: the depformer is most of
-    a step's time. All are read. With fewer spoken clips in a batch, some steps have no audio loss."""
+    a step's time. All are read. Where a batch has fewer of them, some steps have no audio loss."""
     magnitude_reg: float = 1.0
     """Weight of the magnitude regulariser, nats at the target; 0 switches it off (the branch
     ratio is logged all the same)."""
