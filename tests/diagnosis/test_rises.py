@@ -54,7 +54,7 @@ STEPS = np.arange(SHAPE[-1])
 def test_growth_is_told_from_a_step_with_its_beginning_and_end(
     growth: Callable[[], np.ndarray], begins: int, ends: int
 ) -> None:
-    """Rates on 300 runs each: docs/finding_the_jump.md."""
+    """Rates on 150 runs each: docs/finding_the_jump.md."""
     runs = [find_jumps(trace_of(quiet(seed=trial) + growth())) for trial in range(10)]
     assert max(map(len, runs)) == 1
     jumps = [jump for run in runs for jump in run]
