@@ -19,14 +19,14 @@ PROJECTIONS: tuple[Projections, ...] = get_args(Projections)
 class MemoryConfig:
     """The test-time-training memory of the hybrid layers."""
 
-    rule: Rule = "ttt_linear"
-    """How fast weights learn: one linear map or a two-layer MLP trained by mini-batch gradient
-    steps (Sun et al. 2024), or the gated delta rule (Yang et al. 2024), which writes every step."""
-    layers: list[int] | str = "last:1"
+    rule: Rule = "gated_delta"
+    """How fast weights learn: the gated delta rule (Yang et al. 2024), which writes every step, or
+    one linear map or a two-layer MLP trained by mini-batch gradient steps (Sun et al. 2024)."""
+    layers: list[int] | str = "every:1"
     """Layers that get a memory: `last:N`, `every:N` (the last of each N), or a list of indices."""
     placement: Literal["parallel", "post_attention"] = "parallel"
     """What the memory reads and joins: the normed input of attention, or attention's output."""
-    projections: Projections = "own"
+    projections: Projections = "attention"
     """Where queries, keys, values and the read-out come from: `own` starts at random; `attention`
     starts as a copy of the layer's attention (before its rotation); `shared` uses attention's own
     frozen projections and learns a low-rank correction to them, which costs few parameters and
@@ -47,10 +47,10 @@ class MemoryConfig:
     inner_lr: float = 1.0
     """Inner learning rate of the ttt rules, multiplied by the write gate. Not used by
     gated_delta, whose rate is the write gate itself."""
-    forgetting_time_steps: tuple[float, float] = (50.0, 20_000.0)
-    """Shortest and longest initial forgetting time, in steps (4 s and 27 min); the heads sit at
+    forgetting_time_steps: tuple[float, float] = (300.0, 20_000.0)
+    """Shortest and longest initial forgetting time, in steps (24 s and 27 min); the heads sit at
     the centres of equal shares of this range on a log scale. Learned from there."""
-    write_gate: float = 0.03
+    write_gate: float = 0.1
     """Initial write gate, in 0..1: how strongly one step is written."""
     bounded_readout: bool = True
     """Bound what is added to the residual by the residual's own norm. False reproduces the

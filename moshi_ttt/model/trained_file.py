@@ -145,8 +145,8 @@ def difference(
         there = f"{name} is {_described(tensor)} there"
         if name not in mine:
             return f"{there}, and nothing of that name trains here"
-        # float64, of a training in 64-true, holds every float32
-        types = (mine[name].dtype, torch.float64)
+        # float64, of a training in 64-true, holds every float32, and that every float16 of a bundle
+        types = (mine[name].dtype, torch.float64, torch.float16)
         if tensor.shape != mine[name].shape or tensor.dtype not in types:
             return f"{there}, and it is {_described(mine[name])} here"
     for name, tensor in mine.items():

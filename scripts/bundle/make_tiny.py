@@ -5,12 +5,14 @@
 
 `begin` adds what is missing to a folder in which `train_codec.py` has left a codec, so that
 `train/fit.py --config tiny_base.yaml --model.source FOLDER` can train it; `finish` puts the trained
-weights in the untrained ones' place, in bf16. `tiny_bundle.sh` runs the whole chain.
+weights in the untrained ones' place, in bf16, or a trained memory beside them, in fp16, as that of
+the bundled model. `tiny_bundle.sh` runs the whole chain.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from torch import Tensor, nn
 from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_bytes, write_json
-from moshi_ttt.model.source import open_source
-from moshi_ttt.model.weights import load_trained
+from moshi_ttt.model.build import trainable_groups
+from moshi_ttt.model.source import TINY, open_source
+from moshi_ttt.model.weights import load_trained, save_trained
 
 TEXT_CARD = 1000
 DIM = 256
@@ -120,18 +123,26 @@ def begin(folder: Path, seed: int) -> None:
 
 
 def finish(folder: Path, trained: Path) -> None:
-    """Write the weights of a `train: base` run over the folder's untrained ones, in bf16.
+    """Write what a run trained into the folder: Moshi's own weights in bf16, or a memory in fp16.
 
     Raises:
-        UserError: the file holds something else than a trained base.
+        UserError: the file holds neither, or belongs to another base.
     """
-    lm, source, config, trained_steps = load_trained(trained)
-    if config.train != "base":
+    lm, source, config, trained_steps = load_trained(trained, base=str(folder))
+    if config.train == "base":
+        _write(folder / FILES["moshi_name"], _stored(lm, torch.bfloat16))
+        parameters = sum(p.numel() for p in open_source(str(folder)).lm().parameters())
+    elif config.train == "memory":
+        weights = trainable_groups(lm)["memory"] | trainable_groups(lm)["gates"]
+        halves = {name: weight.half() for name, weight in weights.items()}
+        # by the name that the base has wherever it lies
+        config = replace(config, source=TINY)
+        save_trained(folder / "memory.safetensors", halves, config, trained_steps, source)
+        parameters = sum(weight.numel() for weight in weights.values())
+    else:
         raise UserError(
-            f"{trained} was trained with model.train={config.train}; only `base` gives plain Moshi"
+            f"{trained} was trained with model.train={config.train}; use `base` or `memory`"
         )
-    _write(folder / FILES["moshi_name"], _stored(lm, torch.bfloat16))
-    parameters = sum(p.numel() for p in open_source(str(folder)).lm().parameters())
     print(
         f"{folder}: {parameters:,} parameters, trained on clips of "
         f"{source.clock.describe(trained_steps)}"

@@ -15,14 +15,14 @@ BUILD=${BUILD:-build}
 CODEC_HOURS=${CODEC_HOURS:-4}
 CODEC_MINUTES=${CODEC_MINUTES:-10}
 HOURS=${HOURS:-40}
-FAR_HOURS=${FAR_HOURS:-30}
-PASTED_HOURS=${PASTED_HOURS:-300}
+FAR_HOURS=${FAR_HOURS:-60}
+PASTED_HOURS=${PASTED_HOURS:-500}
 HELDOUT_HOURS=${HELDOUT_HOURS:-2.5}
 BUNDLE_HOURS=${BUNDLE_HOURS:-1.5}
 TEXT_HOURS=${TEXT_HOURS:-900}
 DRILL_STEPS=${DRILL_STEPS:-3400}
 MIX_STEPS=${MIX_STEPS:-2600}
-MEMORY_STEPS=${MEMORY_STEPS:-1200}
+MEMORY_STEPS=${MEMORY_STEPS:-1600}
 PYTHON=${PYTHON:-python}
 cd "$(dirname "$0")/../.."
 
@@ -65,7 +65,7 @@ begin() {
 text() { # far more words than anyone wants to synthesise: recall is learned from words it has not read before
     write drill "$TEXT_HOURS"
     write train $((TEXT_HOURS * 2 / 3))
-    write far "$TEXT_HOURS"
+    write far $((TEXT_HOURS / 3))
 }
 
 speech() {
@@ -81,6 +81,10 @@ speech() {
 fit() { # NAME MANIFEST STEPS: go on from $BUILD/tiny, and leave the weights there
     $PYTHON train/fit.py --config tiny_base.yaml --model.source "$BUILD/tiny" --data.manifest "$2" \
         --data.val_manifest "$BUILD/heldout/manifest.jsonl" --run_dir "$BUILD/$1" --trainer.max_steps "$3"
+    finish "$1"
+}
+
+finish() { # NAME: leave what the run trained in $BUILD/tiny
     $PYTHON scripts/bundle/make_tiny.py finish "$BUILD/tiny" \
         --trained "$(ls -d "$BUILD/$1"/[0-9]* | tail -n 1)/checkpoints/last.safetensors"
 }
@@ -98,11 +102,11 @@ memory() {
     # new sentences in the sound of phrases that were spoken: without them a memory knows the spoken ones by heart
     $PYTHON scripts/bundle/make_text.py "$BUILD/pasted" --split far --seed 1 --hours "$PASTED_HOURS" \
         --minutes 8 20 --model "$BUILD/tiny" --words_of "$BUILD/far/manifest.jsonl"
-    lines text/far pasted far far far far far far far >"$BUILD/far.jsonl"
+    lines text/far pasted far far far far far >"$BUILD/far.jsonl"
     $PYTHON train/fit.py --config tiny_memory.yaml --model.source "$BUILD/tiny" --run_dir "$BUILD/memory" \
         --data.manifest "$BUILD/far.jsonl" --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
         --trainer.max_steps "$MEMORY_STEPS"
-    cp "$(ls -d "$BUILD"/memory/[0-9]* | tail -n 1)/checkpoints/last.safetensors" "$BUILD/tiny/memory.safetensors"
+    finish memory
 }
 
 numbers() {

@@ -52,7 +52,7 @@ def size_mb(folder: Path) -> float:
 
 def test_bundles_stay_small() -> None:
     assert size_mb(DEMO) < 6
-    assert size_mb(ASSETS / "tiny") < 32  # ten million weights in bf16, and a codec
+    assert size_mb(ASSETS / "tiny") < 36  # ten million weights in bf16, a memory and a codec
     assert size_mb(ASSETS / "conversations") < 5
     assert size_mb(ASSETS) < 48
 

@@ -46,13 +46,16 @@ def recording(name: str, steps: int) -> EncodedRecording:
     codes[0] = 3
     return EncodedRecording(name, codes)
 
+SMALL_MEMORY = MemoryConfig(
+    rule="ttt_linear", projections="own", layers="last:1", head_dim=8, mini_batch_steps=8
+)
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("run") / "longgen" / "epoch_001"
     source = open_source("tiny")
     lm = source.lm(context_steps=CONTEXT)
-    add_memory(lm, MemoryConfig(layers="last:1", head_dim=8, mini_batch_steps=8))
+    add_memory(lm, SMALL_MEMORY)
     torch.nn.init.normal_(hybrid_layers(lm)[5].branch.gate, std=0.1)
     recordings = [recording("a", 60), recording("bb", 100)]
     scalars = evaluate(lm, source, recordings, CONFIG, folder, label="epoch 1", trained_steps=25)
@@ -175,7 +178,7 @@ def test_nll_by_position_agrees_with_a_step_by_step_count() -> None:
 def test_a_prompt_as_long_as_the_run_feeds_recordings_throughout(tmp_path: Path) -> None:
     source = open_source("tiny")
     lm = source.lm(context_steps=12)
-    add_memory(lm, MemoryConfig(layers="last:1", head_dim=8, mini_batch_steps=8))
+    add_memory(lm, SMALL_MEMORY)
     one = recording("a", 100)
     run = LongRunConfig(seconds=8.0, prompt_sec=9.0, prompts=1, seeds=1, audio_streams=0)
     folder = tmp_path / "longgen/evaluation"

@@ -18,7 +18,8 @@ MakeLM = Callable[..., LMModel]
 def with_memory(lm: LMModel, *, gate: float | None = None, **settings: object) -> LMModel:
     """A copy of `lm` with a fast-learning memory in layers 1 and 2."""
     hybrid = copy.deepcopy(lm)
-    defaults = {"layers": "last:2", "mini_batch_steps": 5, "write_gate": 0.2}
+    defaults = {"rule": "ttt_linear", "projections": "own", "layers": "last:2"}
+    defaults |= {"mini_batch_steps": 5, "write_gate": 0.2}
     defaults["forgetting_time_steps"] = (10.0, 100.0)
     torch.manual_seed(0)
     add_memory(hybrid, MemoryConfig(**defaults | settings))

@@ -26,7 +26,9 @@ def hybrid(make_lm: MakeLM, **config: Any) -> LMModel:
     """A model with memory in layers 0 and 2, unless `config` names others; its gates are open."""
     lm = make_lm()
     torch.manual_seed(3)
-    defaults: dict[str, Any] = {"layers": [0, 2], "heads": 2, "mini_batch_steps": 5}
+    defaults: dict[str, Any] = {"rule": "ttt_linear", "projections": "own"}
+    defaults |= {"layers": [0, 2], "heads": 2, "mini_batch_steps": 5}
+    defaults |= {"write_gate": 0.03, "forgetting_time_steps": (50.0, 20_000.0)}
     add_memory(lm, MemoryConfig(**defaults | config))
     for layer in hybrid_layers(lm).values():
         torch.nn.init.normal_(layer.branch.gate, std=0.5)

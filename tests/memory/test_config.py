@@ -66,7 +66,7 @@ def test_impossible_values_are_refused_by_key_and_value(field: str, value: objec
 def test_heads_that_do_not_divide_the_model_are_refused() -> None:
     with pytest.raises(UserError, match=r"^heads=5 .* 32 channels"):
         MemoryConfig(heads=5).fitted(32, 4)
-    assert build_rule(MemoryConfig(heads=5, head_dim=8).fitted(32, 4), 32).width == 40
+    assert build_rule(MemoryConfig(projections="own", heads=5, head_dim=8).fitted(32, 4), 32).width == 40
     assert MemoryConfig().fitted(32, 4).heads == 4
 
 
@@ -97,7 +97,7 @@ def test_sizes_no_model_has_are_refused_before_anything_is_allocated(sizes: dict
         {"mini_batch_steps": 8},
         {"inner_lr": 0.5},
         {"forgetting_time_steps": (20.0, 30.0)},
-        {"write_gate": 0.1},
+        {"write_gate": 0.3},
     ],
     ids=str,
 )
@@ -105,7 +105,8 @@ def test_every_field_of_the_rule_changes_what_it_computes(change: dict) -> None:
     # layers, placement and bounded_readout belong to the hybrid and are tested there
     def run(**settings: object) -> torch.Tensor:
         torch.manual_seed(0)
-        return build_rule(MemoryConfig(**settings).fitted(32, 4), 32)(torch.randn(1, 40, 32))[0]
+        config = MemoryConfig(**{"rule": "ttt_linear", "projections": "own"} | settings)
+        return build_rule(config.fitted(32, 4), 32)(torch.randn(1, 40, 32))[0]
 
     base, changed = run(), run(**change)
     assert base.shape != changed.shape or not torch.allclose(base, changed, atol=1e-4)

@@ -19,7 +19,8 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], i
 def make_rule(name: str, dtype: torch.dtype = torch.float64, **overrides: object) -> MemoryRule:
     """A rule with no parameter at a special value: gates, decays and biases all depend on data."""
     torch.manual_seed(0)
-    settings = {"heads": 2, "mini_batch_steps": MINI_BATCH, "write_gate": 0.3}
+    settings = {"projections": "own", "heads": 2, "mini_batch_steps": MINI_BATCH}
+    settings |= {"write_gate": 0.3}
     settings |= {"forgetting_time_steps": (10.0, 100.0)} | overrides
     rule = build_rule(MemoryConfig(rule=name, **settings).fitted(DIM, 2), DIM).to(dtype)
     with torch.no_grad():

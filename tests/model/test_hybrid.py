@@ -127,6 +127,6 @@ def test_a_second_memory_is_refused(make_lm: MakeLM) -> None:
 
 def test_cross_attention_is_refused(make_lm: MakeLM) -> None:
     lm = make_lm(cross_attention=True)
-    with pytest.raises(UserError, match=r"^layers=last:1 .*cross-attention"):
+    with pytest.raises(UserError, match=r"^layers=every:1 .*cross-attention"):
         add_memory(lm, MemoryConfig())
     assert hybrid_layers(lm) == {}

@@ -26,7 +26,8 @@ borrowed = pytest.mark.parametrize("projections", ["attention", "shared"])
 def with_memory(lm: LMModel, **settings: Any) -> LMModel:
     """A copy of `lm` with an open, fast-learning memory in layers 1 and 2."""
     hybrid = copy.deepcopy(lm)
-    defaults: dict[str, Any] = {"layers": "last:2", "mini_batch_steps": 5, "write_gate": 0.2}
+    defaults: dict[str, Any] = {"rule": "ttt_linear", "projections": "own", "layers": "last:2"}
+    defaults |= {"mini_batch_steps": 5, "write_gate": 0.2}
     torch.manual_seed(0)
     add_memory(hybrid, MemoryConfig(**defaults | {"gate_init": 0.5} | settings))
     return hybrid

@@ -126,7 +126,7 @@ def config(train: str, **more: object) -> ModelConfig:
         dtype="float32",
         context_steps=40,
         train=train,
-        memory=MemoryConfig(layers="last:1", heads=2, head_dim=8),
+        memory=MemoryConfig(projections="own", layers="last:1", heads=2, head_dim=8),
         lora=LoraConfig(rank=2, targets=("ffn",)),
         **more,
     )

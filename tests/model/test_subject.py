@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moshi_ttt.errors import UserError
+from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import ModelConfig, build_lm, trainable_groups
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import ASSETS, open_source
@@ -17,7 +18,10 @@ from moshi_ttt.model.weights import save_trained
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = ModelConfig(source="tiny", dtype="float32", context_steps=20, train="memory")
+    memory = MemoryConfig(layers="last:1")
+    config = ModelConfig(
+        source="tiny", dtype="float32", context_steps=20, train="memory", memory=memory
+    )
     source = open_source("tiny")
     groups = trainable_groups(build_lm(config, source))
     path = tmp_path_factory.mktemp("runs") / "long60s/000/checkpoints/best.safetensors"

@@ -29,7 +29,7 @@ CONFIG = ModelConfig(
     dtype="float32",
     context_steps=20,
     train="memory",
-    memory=MemoryConfig(layers=[5], heads=2, head_dim=8),
+    memory=MemoryConfig(projections="own", layers=[5], heads=2, head_dim=8),
     lora=LoraConfig(targets=("ffn",)),
 )
 

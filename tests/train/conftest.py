@@ -28,7 +28,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         lines.append(json.dumps({"path": f"{number}.wav", "duration": 8.0}))
     (folder / "data.jsonl").write_text("\n".join(lines))
     return [
-        "--config=long60s.yaml",
+        "--config=long60s_scratch.yaml",
         f"--data.manifest={folder}/data.jsonl",
         f"--data.val_manifest={folder}/data.jsonl",
         f"--data.cache_dir={folder}/cache",
@@ -36,9 +36,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "--data.allow_any_duration=true",
         "--data.batch_size=2",
         "--model.context_steps=20",
+        "--model.memory.rule=ttt_linear",
         "--model.memory.layers=last:1",
+        "--model.memory.projections=own",
+        "--model.memory.gate_init=0",
         "--model.memory.head_dim=8",
         "--model.memory.mini_batch_steps=5",
+        "--model.loss.magnitude_reg=1",
         "--trainer.max_epochs=2",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
@@ -48,6 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "--long_generation.run.seeds=1",
         "--long_generation.run.prompt_sec=1",
         "--long_generation.run.seconds=4",
+        "--long_generation.run.nll_sec=4",
     ]
 
 

@@ -48,7 +48,9 @@ def test_every_shipped_config_loads_alone_and_with_its_overlays(
     monkeypatch.chdir(tmp_path)
     args = [part for config in [name, *overlays] for part in ("--config", config)]
     cli = parse(*args, "--trainer.accelerator=cpu")
-    assert f"long{cli.datamodule.duration_sec:g}s.yaml" == name
+    scratch = name.endswith("_scratch.yaml")
+    assert f"long{cli.datamodule.duration_sec:g}s{'_scratch' * scratch}.yaml" == name
+    assert cli.model.init_from == (None if scratch or overlays else "tiny")
     assert cli.run_folder == Path(f"runs/{name.removesuffix('.yaml')}/000")
     expected = {0: "tiny", 1: "kyutai/moshiko-pytorch-bf16", 2: "moshi7b-random"}[len(overlays)]
     assert cli.model.config.source == cli.datamodule.source == expected
@@ -71,27 +73,35 @@ run_dir: runs/long{0}s
 seed_everything: 0
 model:
   source: tiny
-  context_steps: 250
+  context_steps: 188
+  init_from: tiny
   train: memory
   memory:
-    rule: ttt_linear
-    layers: last:2
+    gate_init: 0.1
   loss:
-    magnitude_reg: 1.0
-    magnitude_target: 0.1
+    text_padding_weight: 0.1
+    audio_weight: 0.1
+    audio_every: 8
+    first_codebook_weight: 8
+    magnitude_reg: 0
+  optim:
+    lr_memory: 1.0e-4
+    lr_gates: 1.0e-3
 data:
   duration_sec: {0}
   batch_size: 2
 trainer:
-  max_epochs: 4
-  limit_val_batches: 31
+  max_epochs: 2
+  limit_val_batches: 20
   precision: 32-true
   gradient_clip_val: 1.0
   log_every_n_steps: 1
 long_generation:
-  every_n_epochs: 4
+  every_n_epochs: 1
   run:
     seconds: 72
+    nll_sec: 180
+    nll_recordings: 8
 """
 
 
@@ -220,6 +230,9 @@ def test_help_explains_every_field_of_every_config(capsys: pytest.CaptureFixture
         ("--model.memory.heads=3", "must divide the model's 256 channels"),
         ("--model.source=nope", "model.source='nope'"),
         ("--model.memory.head_dim=1000000", "model.memory.head_dim=1000000 is not possible"),
+        ("--model.source=moshi7b-random", "model.init_from=tiny: "),
+        ("--model.source=moshi7b-random", "null starts without any"),
+        ("--model.init_from=tinny", "model.init_from=tinny: tinny.safetensors does not exist"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_audio_is_encoded(

@@ -1,0 +1,60 @@
+"""What a training leaves in the bundle's folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from make_tiny import finish
+
+from moshi_ttt.errors import UserError
+from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.model.build import ModelConfig, Trained, build_lm, trainable_groups
+from moshi_ttt.model.source import ASSETS, open_source
+from moshi_ttt.model.trained_file import read_trained
+from moshi_ttt.model.weights import load_trained, save_trained
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("build") / "tiny"
+    shutil.copytree(ASSETS / "tiny", path)
+    return path
+
+
+def trained(folder: Path, path: Path, train: Trained) -> dict[str, torch.Tensor]:
+    """Weights of a run upon `folder`, as they are saved."""
+    source = open_source(str(folder))
+    memory = MemoryConfig(layers="last:1", gate_init=0.3)
+    config = ModelConfig(
+        source=str(folder), dtype="float32", context_steps=20, train=train, memory=memory
+    )
+    groups = trainable_groups(build_lm(config, source))
+    weights = {name: one for group in groups.values() for name, one in group.items()}
+    save_trained(path, weights, config, trained_steps=25, source=source)
+    return weights
+
+
+def test_a_memory_lies_beside_its_base_and_is_that_of_the_bundled_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "last.safetensors"
+    weights = trained(folder, path, "memory")
+    finish(folder, path)
+    left = read_trained(folder / "memory.safetensors")
+    assert left.config.source == "tiny"
+    found = left.weights("cpu")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], one.half()) for name, one in weights.items())
+    # wherever the folder was made: its base is the bundled one, by its content
+    lm, source, config, trained_steps = load_trained(folder / "memory.safetensors")
+    assert (source.name, config.context_steps, trained_steps) == ("tiny", 20, 25)
+
+
+def test_what_is_neither_a_base_nor_a_memory_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    trained(folder, path, "lora")
+    with pytest.raises(UserError, match=r"model\.train=lora; use `base` or `memory`"):
+        finish(folder, path)
