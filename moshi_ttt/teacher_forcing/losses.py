@@ -39,12 +39,12 @@ class LossConfig:
     magnitude_reg: float = 1.0
     """Weight of the magnitude regulariser, nats at the target; 0 switches it off (the branch
     ratio is logged all the same)."""
-    magnitude_target: float = 0.1
+    magnitude_target: float = 0.2
     """Branch ratio (branch norm over residual norm) to stay under; the regulariser rises from
     three quarters of it on."""
-    magnitude_over: Literal["positions", "mean"] = "positions"
-    """What the target holds for: the ratio at every position, or each layer's mean over the batch,
-    so that a memory may speak up where it knows something and be silent elsewhere."""
+    magnitude_over: Literal["positions", "mean"] = "mean"
+    """What the target holds for: each layer's mean over the batch, so that a memory may speak up
+    where it knows something and be silent elsewhere, or the ratio at every position."""
 
     def __post_init__(self) -> None:
         check_fields(self, "text_padding_weight", "first_codebook_weight", least=0)

@@ -110,7 +110,7 @@ def stats(ratio: list[float]) -> BranchStats:
 
 def test_magnitude_penalty_is_free_at_first_one_at_the_target_and_quadratic() -> None:
     quiet, loud = stats([0.0, 0.15]), stats([0.2, 0.25])
-    penalty = magnitude_penalty({1: [quiet], 3: [loud]}, LossConfig(magnitude_target=0.2))
+    penalty = magnitude_penalty({1: [quiet], 3: [loud]}, LossConfig(magnitude_over="positions"))
     assert penalty.item() == pytest.approx((0 + 0 + 1 + 4) / 4, rel=1e-5)
     penalty.backward()
     assert (quiet.norm.grad == 0).all()
@@ -120,7 +120,7 @@ def test_magnitude_penalty_is_free_at_first_one_at_the_target_and_quadratic() ->
 def test_positions_without_a_residual_reach_neither_penalty_nor_gradient() -> None:
     one = stats([0.0, 0.25])
     one = one._replace(residual_norm=torch.tensor([[0.0, 1.0]]))
-    penalty = magnitude_penalty({0: [one]}, LossConfig(magnitude_target=0.2))
+    penalty = magnitude_penalty({0: [one]}, LossConfig(magnitude_over="positions"))
     assert penalty.item() == pytest.approx(4, rel=1e-5)
     penalty.backward()
     torch.testing.assert_close(one.norm.grad, torch.tensor([[0.0, 4 / 0.05]]))
