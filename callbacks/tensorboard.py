@@ -31,7 +31,8 @@ def log_evaluation(writer: SummaryWriter, folder: Path, global_step: int) -> dic
     """
     evaluation = Evaluation.load(folder)
     trace = evaluation.trace()
-    writer.add_text("longgen/headline", headline(evaluation, trace), global_step)
+    lines = "\n".join(f"- {line}" for line in headline(evaluation, trace))
+    writer.add_text("longgen/headline", lines, global_step)
     for tag, value in evaluation.scalars.items():
         writer.add_scalar(tag, value, global_step)
     pictures = evaluation_pictures(evaluation, trace)

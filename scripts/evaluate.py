@@ -103,7 +103,7 @@ def _evaluate(subject: Subject, options: Namespace, parser: ArgumentParser) -> P
             trained_steps=subject.trained_steps,
         )
     evaluation = Evaluation.load(folder)
-    print(headline(evaluation, evaluation.trace()))
+    print("\n".join(headline(evaluation, evaluation.trace())))
     return write_report(out)
 
 

@@ -218,7 +218,7 @@ def main(args: list[str] | None = None) -> Path:
         )
     if (report := cli.run_folder / "report.html").exists():
         latest = find_evaluations(cli.run_folder)[-1]
-        lines = ["", headline(latest, latest.trace()), *lines, f"report:      {report}"]
+        lines = ["", *headline(latest, latest.trace()), *lines, f"report:      {report}"]
     lines.append(f"TensorBoard: tensorboard --logdir {cli.run_folder}")
     if torch.cuda.is_available():
         lines.append(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")

@@ -1,4 +1,4 @@
-"""What happened, in the two sentences that a report begins with."""
+"""What happened, in the few sentences that a report begins with."""
 
 from __future__ import annotations
 
@@ -13,64 +13,72 @@ from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.recall import shown_groups
 from moshi_ttt.report.text import loudest_memory, only_reads
-from moshi_ttt.teacher_forcing.controls import EVERYONE, Recalls, beyond_window, memory_verdict
+from moshi_ttt.teacher_forcing.controls import (
+    EVERYONE,
+    Recalls,
+    Share,
+    beyond_window,
+    memory_verdict,
+)
 
-ASKED_SEC = 60.0  # of the gaps beyond the window, the one nearest to this is told
+ASKED_SEC = 60.0  # of the gaps beyond the window, the one nearest to this is told by itself
 READ_WITH = {
     "kept": " with its memory",
     "reset": " with the memory emptied",
     "other": " with another conversation's",
 }
 VERDICTS = {
-    "used": ": the memory is used",
-    "not shown": ": that the memory is used is not shown",
+    "used": "The memory is used: with it more is right than without.",
+    "not shown": "That the memory is used is not shown: without it as much is right.",
     "no memory": "",
 }
 LOSSES = {"text": "words", "first_codebook": "the first codebook"}
 
 
-def headline(evaluation: Evaluation, trace: Trace) -> str:
-    """What one evaluation showed: recall; loss by minutes, norms, and what the memory adds."""
-    loss = _loss(evaluation.nll, trace.clock)
-    rest = "; ".join(filter(None, (loss, _norms(evaluation.jumps, trace), _memory(trace))))
-    return f"{_recall(evaluation.recall, trace)}. {rest[0].upper()}{rest[1:]}."
+def headline(evaluation: Evaluation, trace: Trace) -> list[str]:
+    """What one evaluation showed, a sentence each: recall by who had said it, whether the memory is
+    used; loss by minutes; norms; what the memory adds; speed. What was not measured is left out.
+    """
+    return [
+        *_recall(evaluation.recall, trace),
+        *filter(None, (_loss(evaluation.nll, trace.clock), _norms(evaluation.jumps, trace))),
+        *filter(None, (_memory(trace), _speed(evaluation.summary, trace))),
+    ]
 
 
-def _recall(recalls: Recalls | None, trace: Trace) -> str:
-    """Answers about a minute after the fact with each memory, and whether the memory is used."""
+def _recall(recalls: Recalls | None, trace: Trace) -> list[str]:
+    """What is answered beyond the window with each memory, and whether the memory is used."""
     if recalls is None:
-        return "No planted fact was asked for"
+        return ["No planted fact was asked for."]
     window_sec = trace.clock.seconds(trace.context_steps)
-    kept = recalls["kept"]
-    groups = shown_groups(kept)
-    gaps = {gap for group in groups for gap in kept[group]["gap_sec"] if gap > window_sec}
-    if not gaps:
-        return f"Nothing was asked for that attention, which sees {window_sec:.0f} s, had lost"
-    gap_sec = min(gaps, key=lambda gap: abs(gap - ASKED_SEC))
-    parts = [
-        f"for a fact that {'Moshi had said' if 'own' in group else 'only the user had said'}, "
-        + _answers(recalls, group, gap_sec)
-        for group in groups
-        if gap_sec in kept[group]["gap_sec"]
-    ]
-    verdict = memory_verdict(beyond_window(recalls, window_sec).get(EVERYONE, {}))
-    return (
-        f"Asked about {gap_sec:g} s later, when attention (the last {window_sec:.0f} s) no longer "
-        f"holds it, {'; '.join(parts)}{VERDICTS[verdict]}"
-    )
+    pools = beyond_window(recalls, window_sec)
+    groups = [group for group in shown_groups(recalls["kept"]) if group in pools]
+    if not groups:
+        return [f"Nothing was asked for that attention, which sees {window_sec:.0f} s, had lost."]
+    lines = [_answers(recalls, group, pools[group], window_sec) for group in groups]
+    if verdict := VERDICTS[memory_verdict(pools.get(EVERYONE, {}))]:
+        lines.append(verdict)
+    return lines
 
 
-def _answers(recalls: Recalls, group: str, gap_sec: float) -> str:
-    """Share of the answer words that are right with each memory, and by guessing."""
-    kept = recalls["kept"][group]
-    at = list(kept["gap_sec"]).index(gap_sec)
+def _answers(recalls: Recalls, group: str, pool: Mapping[str, Share], window_sec: float) -> str:
+    """Share of the answer words that are right with each memory, in all and a minute later."""
+    who = "Moshi had said" if "own" in group else "only the user had said"
     shares = [
-        f"{one[group]['accuracy'][at]:.0%}{' are right' * (memory == 'kept')}"
-        f"{READ_WITH[memory] * (len(recalls) > 1)}"
-        for memory, one in recalls.items()
+        f"{one.share:.0%} [{one.interval[0]:.0%}, {one.interval[1]:.0%}]"
+        f"{' are right' * (memory == 'kept')}{READ_WITH[memory] * (len(pool) > 1)}"
+        for memory, one in pool.items()
     ]
+    kept = recalls["kept"][group]
+    gaps = [
+        (abs(gap - ASKED_SEC), at) for at, gap in enumerate(kept["gap_sec"]) if gap > window_sec
+    ]
+    at = min(gaps)[1]
+    then = _and([f"{recalls[memory][group]['accuracy'][at]:.0%}" for memory in pool])
     return (
-        f"of {kept['words'][at]:g} answer words {_and(shares)} (guessing: {kept['chance'][at]:.0%})"
+        f"Recall of what {who}, once attention (the last {window_sec:.0f} s) no longer holds it: "
+        f"of {pool['kept'].words:g} answer words {_and(shares)} "
+        f"(guessing: {kept['chance'][at]:.0%}); about {kept['gap_sec'][at]:g} s later {then} of {kept['words'][at]:g}."
     )
 
 
@@ -91,12 +99,12 @@ def _loss(nll: Mapping[str, Any] | None, clock: Clock) -> str:
         for group, loss in losses.items()
     ]
     over = "minute by minute" if minutes > 1 else "over less than two minutes"
-    return f"the loss on recordings is, {over}, {', and '.join(values)} (nats a token)"
+    return f"The loss on recordings is, {over}, {', and '.join(values)} (nats a token)."
 
 
 def _norms(jumps: Sequence[Jump], trace: Trace) -> str:
     """Whether and where the norm of a layer jumped."""
-    span = f"in {trace.clock.seconds(trace.steps):.0f} s of "
+    span = f"In {trace.clock.seconds(trace.steps):.0f} s of "
     span += "reading" if only_reads(trace) else "talking"
     if jumps:
         largest = max(jumps, key=lambda jump: jump.ratio).describe(trace.clock)
@@ -104,21 +112,30 @@ def _norms(jumps: Sequence[Jump], trace: Trace) -> str:
         if len(jumps) > 1:
             kind = "lasting rises" if any(jump.gradual for jump in jumps) else "jumps"
             count = f"are {len(jumps)} {kind}, the largest"
-        return f"{span} there {count}: {largest}"
+        return f"{span} there {count}: {largest}."
     if not can_be_searched(trace):
-        return f"{span} no jump of the norms could be seen"
-    return f"{span} no norm jumps"
+        return f"{span} no jump of the norms could be seen."
+    return f"{span} no norm jumps."
 
 
 def _memory(trace: Trace) -> str:
     """How much the memory adds."""
     if not trace.hybrid_layers:
-        return "there is no memory"
+        return "There is no memory."
     layer, ratio = loudest_memory(trace)
     if not np.isfinite(ratio):
         return ""
     share = f"{ratio:.1%} of the residual's norm in layer {layer}"
-    return f"the memory adds {share}, where it adds most"
+    return f"The memory adds {share}, where it adds most."
+
+
+def _speed(summary: Mapping[str, Any], trace: Trace) -> str:
+    """How fast it talked."""
+    times = summary["steps_per_sec"] * trace.clock.step_sec
+    return (
+        f"{summary['steps_per_sec']:.3g} steps a second of {len(trace.streams)} streams at once: "
+        f"{times:.2g} times real time."
+    )
 
 
 def _and(parts: Sequence[str]) -> str:

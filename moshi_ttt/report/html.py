@@ -23,7 +23,6 @@ h2 { font-size: 19px; margin: 38px 0 8px; padding-bottom: 4px; border-bottom: 1p
 h3 { font-size: 15px; margin: 22px 0 4px; }
 p, li { max-width: 860px; }
 p.lead { color: #666; margin: 0 0 18px; }
-p.headline { font-size: 17px; margin: 8px 0 12px; }
 .key { background: #f2f6fb; border-left: 4px solid #1f6fb4; padding: 10px 18px; margin: 14px 0; }
 .key ul { margin: 4px 0; padding-left: 20px; }
 .scroll { overflow-x: auto; }

@@ -62,7 +62,7 @@ def write_report(
     traces = {label: evaluation.trace() for label, evaluation in shown}
     trace = traces[labels[-1]]
     body = [
-        html.paragraph(headline(latest, trace), kind="headline"),
+        html.bullets(headline(latest, trace)),
         html.paragraph(clock_note(trace.clock), kind="lead"),
         "<h2>What happened</h2>",
         html.paragraph(f"The latest evaluation, {labels[-1]}, in plain words:"),
@@ -118,7 +118,7 @@ def compare_report(folders: Sequence[Path], out: Path) -> Path:
     for label, trace in traces.items():
         body += [
             f"<h3>{html.escape(label)}</h3>",
-            html.paragraph(headline(by_label[label], trace)),
+            html.bullets(headline(by_label[label], trace)),
             html.bullets(_findings(by_label[label], trace)),
         ]
     body += ["<h2>Compared</h2>", *comparison_section(by_label, traces)]

@@ -49,7 +49,7 @@ def test_a_memory_lies_beside_its_base_and_is_that_of_the_bundled_model(
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], one.half()) for name, one in weights.items())
     # wherever the folder was made: its base is the bundled one, by its content
-    lm, source, config, trained_steps = load_trained(folder / "memory.safetensors")
+    _, source, config, trained_steps = load_trained(folder / "memory.safetensors")
     assert (source.name, config.context_steps, trained_steps) == ("tiny", 20, 25)
 
 

@@ -46,9 +46,11 @@ def recording(name: str, steps: int) -> EncodedRecording:
     codes[0] = 3
     return EncodedRecording(name, codes)
 
+
 SMALL_MEMORY = MemoryConfig(
     rule="ttt_linear", projections="own", layers="last:1", head_dim=8, mini_batch_steps=8
 )
+
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:

@@ -66,7 +66,8 @@ def test_impossible_values_are_refused_by_key_and_value(field: str, value: objec
 def test_heads_that_do_not_divide_the_model_are_refused() -> None:
     with pytest.raises(UserError, match=r"^heads=5 .* 32 channels"):
         MemoryConfig(heads=5).fitted(32, 4)
-    assert build_rule(MemoryConfig(projections="own", heads=5, head_dim=8).fitted(32, 4), 32).width == 40
+    wider = MemoryConfig(projections="own", heads=5, head_dim=8)
+    assert build_rule(wider.fitted(32, 4), 32).width == 40
     assert MemoryConfig().fitted(32, 4).heads == 4
 
 

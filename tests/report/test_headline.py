@@ -35,7 +35,7 @@ def say(tmp_path: Path) -> Any:
         for name, content in (("probes", recall), ("nll", nll)):
             if content is not None:
                 write_json(folder / f"{name}.json", content)
-        return headline(Evaluation.load(folder), trace)
+        return "\n".join(headline(Evaluation.load(folder), trace))
 
     return said
 
@@ -52,39 +52,42 @@ def losses(seconds: float, *minutes: float) -> dict[str, Any]:
 def test_a_memory_that_is_used_is_said_to_be_with_both_controls_and_chance(say: Any) -> None:
     recall = remembered(0.92, 0.1, 0.12)
     text = say(make_trace(context_steps=188), recall)
-    assert text.startswith(
-        "Asked about 60 s later, when attention (the last 15 s) no longer holds it, for a fact "
-        "that Moshi had said, of 40 answer words 92% are right with its memory, 10% with the "
-        "memory emptied and 12% with another conversation's (guessing: 10%); for a fact that only "
-        "the user had said, of 40 answer words 20% are right with its memory, 20% with the memory "
-        "emptied and 20% with another conversation's (guessing: 10%): the memory is used. "
+    own, heard, verdict, *_ = text.splitlines()
+    # 30 of 50 at 20 s whatever the memory, and 92, 10 and 12 % of 50 further back
+    assert own == (
+        "Recall of what Moshi had said, once attention (the last 15 s) no longer holds it: of 100 "
+        "answer words 76% [67%, 83%] are right with its memory, 35% [26%, 45%] with the memory "
+        "emptied and 36% [27%, 46%] with another conversation's (guessing: 10%); about 60 s later "
+        "92%, 10% and 12% of 40."
     )
+    assert heard.startswith("Recall of what only the user had said, once attention")
+    assert heard.endswith("about 60 s later 20%, 20% and 20% of 40.")
+    assert verdict.startswith("The memory is used: ")
 
 
 def test_a_memory_that_does_not_beat_both_controls_is_not_shown_to_be_used(say: Any) -> None:
     for other in (0.92, None):  # as good with another conversation's; only one recording
         text = say(make_trace(context_steps=188), remembered(0.92, 0.1, other))
-        assert "92% are right with its memory" in text
+        assert "76% [67%, 83%] are right with its memory" in text
         assert ("another conversation's" in text) == (other is not None)
-        assert ": that the memory is used is not shown. " in text
+        assert "\nThat the memory is used is not shown: " in text
 
 
 def test_a_model_without_a_memory_is_told_without_controls_and_verdict(say: Any) -> None:
     text = say(make_trace(hybrid_layers=()), RECALL)
-    assert (
-        "for a fact that Moshi had said, of 40 answer words 20% are right (guessing: 10%). " in text
-    )
-    assert text.endswith("; there is no memory.")
+    # attention sees 30 s: of 40 words at 60 s and 10 at 240 s, 8 are right
+    assert "of 50 answer words 16% [8%, 29%] are right (guessing: 10%); about 60 s" in text
+    assert "\nThere is no memory.\n" in text
     assert "used" not in text
     assert "the user" not in text
 
 
 def test_recall_is_told_at_the_gap_nearest_to_a_minute_that_was_asked_for(say: Any) -> None:
     late = {"kept": {"own_unseen": {key: values[3:] for key, values in BINS.items()}}}
-    assert say(make_trace(), late).startswith("Asked about 240 s later")
+    assert "; about 240 s later 0% of 10." in say(make_trace(), late)
     near = {"kept": {"own": {key: values[:1] for key, values in BINS.items()}}}
     text = say(make_trace(), near)
-    assert text.startswith("Nothing was asked for that attention, which sees 30 s, had lost. ")
+    assert text.startswith("Nothing was asked for that attention, which sees 30 s, had lost.\n")
     assert say(make_trace()).startswith("No planted fact was asked for")
 
 
@@ -92,7 +95,7 @@ def test_the_loss_is_told_for_every_whole_minute(say: Any) -> None:
     text = say(make_trace(), nll=losses(195, 2.0, 2.1, 2.2, 9.0))
     assert (
         "The loss on recordings is, minute by minute, 2.00, 2.10 and 2.20 for words, and 3.00, "
-        "3.10 and 3.20 for the first codebook (nats a token); in 72 s"
+        "3.10 and 3.20 for the first codebook (nats a token).\nIn 72 s"
     ) in text
 
 
@@ -111,13 +114,13 @@ def test_a_jump_is_told_with_its_place_and_the_memory_with_its_share(say: Any) -
     text = say(trace)
     assert "In 72 s of talking there is a jump: input norm x1.4" in text
     assert "at step 763 (61.04 s, legacy token 6104), 13 steps after 2C = trained l" in text
-    assert "; layers 1-3; the memory adds" in text
+    assert "; layers 1-3.\nThe memory adds" in text
     share = np.median(trace.branch_ratio[:, :, 100:], axis=(0, 2))
     layer = (2, 3)[int(share.argmax())]
-    assert text.endswith(
-        f"the memory adds {share.max():.1%} of the residual's norm in layer {layer}, where it adds "
-        "most."
+    added = (
+        f"The memory adds {share.max():.1%} of the residual's norm in layer {layer}, where it adds"
     )
+    assert f"\n{added} most.\n" in text
 
 
 def test_growth_is_told_from_a_jump(say: Any) -> None:
@@ -132,15 +135,22 @@ def test_growth_is_told_from_a_jump(say: Any) -> None:
 
 
 def test_no_jump_is_told_apart_from_none_that_could_be_seen(say: Any) -> None:
-    assert "In 72 s of talking no norm jumps; " in say(make_trace())
+    assert "In 72 s of talking no norm jumps.\n" in say(make_trace())
     short = make_trace(shape=(2, 2, 200), hybrid_layers=(), prompt_steps=20)
-    assert "In 16 s of talking no jump of the norms could be seen; there" in say(short)
+    assert "In 16 s of talking no jump of the norms could be seen.\nThere" in say(short)
     broken = make_trace(hybrid_layers=(1,))
     broken.input_norm[..., 500] = np.nan
     broken.branch_ratio[:] = np.nan
-    assert say(broken).endswith("In 72 s of talking no jump of the norms could be seen.")
+    assert "In 72 s of talking no jump of the norms could be seen.\n" in say(broken)
+    assert "memory" not in say(broken)
     read = make_trace(prompt_steps=900)
-    assert "In 72 s of reading no norm jumps; " in say(read)
+    assert "In 72 s of reading no norm jumps.\n" in say(read)
+
+
+def test_speed_is_told_last_in_steps_and_in_real_time(say: Any) -> None:
+    assert say(make_trace()).endswith(
+        "\n72 steps a second of 4 streams at once: 5.8 times real time."
+    )
 
 
 def test_a_report_begins_with_it(tmp_path: Path) -> None:
@@ -148,6 +158,7 @@ def test_a_report_begins_with_it(tmp_path: Path) -> None:
     write_evaluation(tmp_path, trace)
     text = write_report(tmp_path).read_text()
     title = text.index("</h1>")
-    first = text[title:].split("<p", 2)[1]
-    assert first.startswith(' class="headline">No planted fact was asked for. ')
-    assert "in 72 s of talking there is a jump" in first
+    first = text[title:].split("<li>", 3)
+    assert first[1].startswith("No planted fact was asked for.</li>")
+    assert first[2].startswith("The loss on recordings is, ")
+    assert "In 72 s of talking there is a jump" in first[3]
