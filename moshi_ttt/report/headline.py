@@ -78,7 +78,8 @@ def _answers(recalls: Recalls, group: str, pool: Mapping[str, Share], window_sec
     return (
         f"Recall of what {who}, once attention (the last {window_sec:.0f} s) no longer holds it: "
         f"of {pool['kept'].words:g} answer words {_and(shares)} "
-        f"(guessing: {kept['chance'][at]:.0%}); about {kept['gap_sec'][at]:g} s later {then} of {kept['words'][at]:g}."
+        f"(guessing: {kept['chance'][at]:.0%}); "
+        f"about {kept['gap_sec'][at]:g} s later {then} of {kept['words'][at]:g}."
     )
 
 
