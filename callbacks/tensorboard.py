@@ -1,16 +1,47 @@
-"""Show one evaluation folder in TensorBoard."""
+"""Show one evaluation folder, and the settings of a run, in TensorBoard."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.report.figures import evaluation_pictures
 from moshi_ttt.report.headline import headline
+
+RESULTS = (
+    "val/loss",
+    "longgen/recall/beyond_window/kept",
+    "longgen/recall/beyond_window/reset",
+    "longgen/jump/count",
+)
+"""Scalars that the table of runs shows beside their settings, as they were last."""
+
+
+def log_settings(writer: SummaryWriter, text: str, settings: Mapping[str, Any]) -> None:
+    """Write the resolved settings as text, and as hyper-parameters beside `RESULTS`.
+
+    Args:
+        writer: of the run's scalars.
+        text: the settings as they are saved.
+        settings: the same, by key; those that are None are left out of the table.
+    """
+    writer.add_text("settings", f"```\n{text}\n```")
+    plain = (bool, int, float, str)
+    values = {
+        key: value if isinstance(value, plain) else str(value)
+        for key, value in settings.items()
+        if value is not None
+    }
+    # not `add_hparams`, which begins a run of its own and logs each result once as it is now
+    for summary in hparams(values, dict.fromkeys(RESULTS, 0.0)):
+        writer.file_writer.add_summary(summary)
 
 
 def log_evaluation(writer: SummaryWriter, folder: Path, global_step: int) -> dict[str, np.ndarray]:

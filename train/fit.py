@@ -24,6 +24,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from callbacks.long_generation import LongGeneration
 from callbacks.progress import ProgressLines
+from callbacks.tensorboard import log_settings
 from moshi_ttt.command_line import USAGE
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.folder import find_evaluations
@@ -160,6 +161,12 @@ class SaveConfigLate(SaveConfigCallback):
         """Now."""
         self.config.ckpt_path = None
         super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Lightning's hook for other places: TensorBoard shows the settings too."""
+        logger: Any = trainer.logger
+        text = Path(logger.log_dir, self.config_filename).read_text(encoding="utf-8")
+        log_settings(logger.experiment, text, vars(self.config.as_flat()))
 
 
 def nested_configs() -> dict[str, type]:

@@ -56,6 +56,13 @@ def test_a_run_leaves_a_folder_that_evaluation_can_read(small: list[str], tmp_pa
     assert not (folder / "longgen/epoch_001").exists()
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {"last.ckpt", "previous.ckpt", "last.safetensors", "best.safetensors"}
+    events = EventAccumulator(str(folder)).Reload()
+    (settings,) = events.Tensors("settings/text_summary")
+    text = settings.tensor_proto.string_val[0].decode()
+    assert (folder / "config.yaml").read_text() in text
+    table = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"model.memory.rule" in table
+    assert b"ttt_linear" in table
     lm, _, config, trained_steps = load_trained(folder / "checkpoints/last.ckpt")
     assert trained_steps == 25
     assert config.context_steps == lm.context == 20
