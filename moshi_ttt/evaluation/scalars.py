@@ -29,7 +29,7 @@ def evaluation_scalars(
 
     Args:
         trace: of the generation.
-        jumps: found in it.
+        jumps: and growth, found in it.
         read: what reading the held-out recordings gave.
         quality: what `listening.listen` returned.
         steps_per_sec: speed of the generation.
@@ -49,7 +49,8 @@ def position_summary(
     first = max(trace.free_from, SETTLE_STEPS)
     return {
         **_norms(trace, first, window_steps),
-        **_largest_jump(trace, jumps),
+        **_largest_jump(trace, [jump for jump in jumps if not jump.gradual]),
+        **_growth([jump for jump in jumps if jump.gradual]),
         **_memory(trace, first),
         **_entropies(trace, first, window_steps),
         **_ring(trace),
@@ -94,6 +95,12 @@ def _largest_jump(trace: Trace, jumps: Sequence[Jump]) -> dict[str, float]:
         "longgen/jump/ratio": largest.ratio,
         **{f"longgen/jump/ratio/layer_{layer:02d}": ratio for layer, ratio in layers},
     }
+
+
+def _growth(growths: Sequence[Jump]) -> dict[str, float]:
+    """How often a norm grew over a span, which is no jump, and the largest of it."""
+    largest = max((growth.ratio for growth in growths), default=math.nan)
+    return {"longgen/growth/count": float(len(growths)), "longgen/growth/ratio": largest}
 
 
 def _memory(trace: Trace, first: int) -> dict[str, float]:

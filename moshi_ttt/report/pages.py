@@ -231,7 +231,7 @@ def _evaluations_table(labels: Sequence[str], evaluations: Sequence[Evaluation])
             (
                 label,
                 evaluation.summary["steps"],
-                len(evaluation.jumps),
+                sum(not jump.gradual for jump in evaluation.jumps),
                 None if step is None else int(step),
                 scalars.get("longgen/jump/seconds"),
                 None if token is None else int(token),

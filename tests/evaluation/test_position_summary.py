@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from synthetic_trace import make_trace
+from synthetic_trace import make_trace, quiet, trace_of
 
 from moshi_ttt.diagnosis.jumps import find_jumps
 from moshi_ttt.evaluation.scalars import position_summary
@@ -37,6 +37,19 @@ def test_summary_of_a_hybrid_with_a_jump() -> None:
     assert scalars["longgen/entropy/text/end"] == pytest.approx(1.5, rel=0.1)
 
 
+def test_growth_is_counted_apart_from_jumps() -> None:
+    ramp = np.log(1.6) * np.clip((np.arange(900) - 300) / 100, 0, 1)
+    scalars = position_summary(grown := trace_of(quiet() + ramp), find_jumps(grown))
+    assert scalars["longgen/jump/count"] == 0
+    assert math.isnan(scalars["longgen/jump/ratio"])
+    assert scalars["longgen/growth/count"] == 1
+    assert scalars["longgen/growth/ratio"] == pytest.approx(1.6, rel=0.1)
+    both = trace_of(quiet() + ramp + np.log(1.5) * (np.arange(900) >= 700))
+    scalars = position_summary(both, find_jumps(both))
+    assert (scalars["longgen/jump/count"], scalars["longgen/growth/count"]) == (1, 1)
+    assert scalars["longgen/jump/step"] == pytest.approx(700, abs=5)
+
+
 @pytest.mark.filterwarnings("error")
 def test_summary_of_norms_that_are_not_finite_is_nan_without_a_warning() -> None:
     trace = make_trace()
@@ -53,7 +66,8 @@ def test_summary_of_norms_that_are_not_finite_is_nan_without_a_warning() -> None
 def test_summary_is_nan_where_nothing_is_defined() -> None:
     trace = make_trace(hybrid_layers=(), context_steps=600)
     scalars = position_summary(trace, [])
-    assert scalars["longgen/jump/count"] == 0
+    assert scalars["longgen/jump/count"] == scalars["longgen/growth/count"] == 0
+    assert math.isnan(scalars["longgen/growth/ratio"])
     for tag in ("step", "seconds", "legacy_token", "ratio"):
         assert math.isnan(scalars[f"longgen/jump/{tag}"])
     assert math.isfinite(scalars["longgen/ratio_at_C/layer_00"])
