@@ -88,7 +88,7 @@ def token_nll(
         [B, K, T] fp32, nats.
     """
     if heard is not None and not all(heard):
-        nll = torch.zeros(targets.shape, device=logits.device)
+        nll = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
         if any(heard):
             rows = indices(heard, logits.device)
             nll = nll.index_copy(0, rows, token_nll(logits[rows], targets[rows], mask[rows]))

@@ -90,7 +90,7 @@ def test_what_is_written_is_read_with_lists_and_tuples_as_they_were(written: Pat
     ("change", "message"),
     [
         (lambda one: one.update({GATE: torch.zeros(3)}), "[3] float32 there, and it is [256]"),
-        (lambda one: one.update({GATE: one[GATE].half()}), "[256] float16 there, and it is"),
+        (lambda one: one.update({GATE: one[GATE].bfloat16()}), "[256] bfloat16 there, and it is"),
         (lambda one: one.update({GATE: one[GATE].int()}), "[256] int32 there, and it is"),
         (lambda one: one.update(other=torch.zeros(1)), "nothing of that name trains here"),
         (lambda one: one.pop(GATE), f"{GATE}, which is [256] float32 here, is missing there"),
