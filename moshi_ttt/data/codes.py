@@ -1,6 +1,8 @@
-"""Encoding whole recordings, however long, to exactly what one pass over them would give."""
+"""Encoding and decoding whole recordings, however long, to what one pass over them would give."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from moshi.models.compression import MimiModel
@@ -40,18 +42,48 @@ def _encode_channel(codec: MimiModel, samples: Tensor, max_piece_steps: int) -> 
     step_samples = codec.frame_size
     steps = -(-len(samples) // step_samples)
     past_steps = visible_past_steps(codec, codec.encoder_transformer)
-    # a codec that sees less is cut finer: a fifth of each piece is past that is read again
-    piece_steps = max(2 * past_steps, min(max_piece_steps, 5 * past_steps))
     pieces = []
-    done = 0
-    while done < steps:
-        begin = max(0, done - past_steps)
-        end = min(steps, begin + piece_steps)
+    for begin, first, end in _cuts(steps, past_steps, max_piece_steps):
         stretch = samples[begin * step_samples : end * step_samples]
         codes = codec.encode(stretch[None, None])[0]  # [K, end - begin]
-        pieces.append(codes[:, done - begin :].cpu())
-        done = end
+        pieces.append(codes[:, first - begin :].cpu())
     return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def decode_recording(
+    codec: MimiModel, codes: Tensor, max_piece_steps: int = MAX_PIECE_STEPS
+) -> Tensor:
+    """Sound of one side's codes, cut into pieces as `encode_recording` cuts.
+
+    Args:
+        codec: Mimi, not streaming; K codebooks set.
+        codes: [K, T].
+        max_piece_steps: longest stretch decoded at once, the past included.
+
+    Returns:
+        [T * samples of a step] fp32 on the CPU.
+    """
+    device = next(codec.parameters()).device
+    past_steps = visible_past_steps(codec, codec.decoder_transformer)
+    pieces = []
+    for begin, first, end in _cuts(codes.shape[1], past_steps, max_piece_steps):
+        sound = codec.decode(codes[None, :, begin:end].to(device))[0, 0]
+        pieces.append(sound[(first - begin) * codec.frame_size :].float().cpu())
+    return torch.cat(pieces)
+
+
+def _cuts(steps: int, past_steps: int, max_piece_steps: int) -> Iterator[tuple[int, int, int]]:
+    """Pieces of `steps`: where each begins to be read, where what is kept of it begins, its end.
+
+    A codec that sees less is cut finer: a fifth of each piece is past that is read again.
+    """
+    piece_steps = max(2 * past_steps, min(max_piece_steps, 5 * past_steps))
+    end = 0
+    while end < steps:
+        first, begin = end, max(0, end - past_steps)
+        end = min(steps, begin + piece_steps)
+        yield begin, first, end
 
 
 def visible_past_steps(codec: MimiModel, transformer: nn.Module | None) -> int:

@@ -15,6 +15,7 @@ import torch
 from moshi.models.compression import MimiModel
 
 from moshi_ttt.clock import Clock
+from moshi_ttt.data.codes import decode_recording
 from moshi_ttt.diagnosis.jumps import Jump
 from moshi_ttt.diagnosis.quality import (
     around,
@@ -41,12 +42,9 @@ def word_starts(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
 
 def decode(codec: MimiModel, codes: np.ndarray, lead_steps: int = 0) -> np.ndarray:
     """Sound of `codes` [N, Q, n], [N, samples] within -1..1, without its first `lead_steps`."""
-    rows = torch.from_numpy(codes).to(next(codec.parameters()).device).split(1)
-    with torch.no_grad():
-        # one by one: what a CPU decodes at once soon leaves its cache
-        audio = torch.cat([codec.decode(row)[:, 0] for row in rows])
-    samples_per_step = audio.shape[-1] // codes.shape[-1]
-    sound: np.ndarray = audio[:, lead_steps * samples_per_step :].clamp(-1, 1).float().cpu().numpy()
+    # one by one: what a CPU decodes at once soon leaves its cache
+    audio = torch.stack([decode_recording(codec, row) for row in torch.from_numpy(codes)])
+    sound: np.ndarray = audio[:, lead_steps * codec.frame_size :].clamp(-1, 1).numpy()
     return sound
 
 

@@ -13,7 +13,7 @@ from moshi.models.compression import MimiModel
 
 from moshi_ttt.data import RecordingReader, read_manifest, read_recordings
 from moshi_ttt.data.cache import CodeCache
-from moshi_ttt.data.codes import encode_recording
+from moshi_ttt.data.codes import decode_recording, encode_recording
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import open_source
 
@@ -61,6 +61,16 @@ def test_the_past_behind_a_piece_is_needed(
     whole = encode_recording(codec, audio)
     monkeypatch.setattr("moshi_ttt.data.codes.visible_past_steps", lambda *_: 1)
     assert not torch.equal(encode_recording(codec, audio, 45), whole)
+
+
+def test_pieces_give_the_sound_of_one_pass(codec: MimiModel) -> None:
+    codes = torch.randint(0, 64, (4, 160), generator=torch.Generator().manual_seed(1))
+    whole = codec.decode(codes[None])[0, 0].detach().float()
+    assert whole.std() > 0
+    assert whole.shape == (1920 * 160,)
+    for max_piece_steps in (1, 45, 61, 159, 3000):
+        sound = decode_recording(codec, codes, max_piece_steps)
+        torch.testing.assert_close(sound, whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moshi.modules.transformer import StreamingMultiheadAttention
 from synthetic_trace import make_trace
 
 from moshi_ttt.diagnosis.jumps import find_jumps
@@ -27,9 +28,11 @@ NLL = {
 class ToneCodec(torch.nn.Module):
     """Sound that follows the codes: the first codebook is the level, in hundredths."""
 
+    frame_size, frame_rate, encoder_frame_rate = 1920, 12.5, 25.0
+
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.decoder_transformer = StreamingMultiheadAttention(2, 1, context=500)
         self.decoded_steps: list[int] = []
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
