@@ -35,6 +35,7 @@ from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError, check_bounds, run_program
 from moshi_ttt.evaluation.folder import write_wav
 from moshi_ttt.evaluation.free_answers import (
+    After,
     answer_sound,
     answers_record,
     choose_questions,
@@ -151,7 +152,7 @@ def _run(variant: Mapping[str, Any], data: ConversationData, options: Any) -> Re
     found = {"variant": variant, "trained_sec": trained_sec, **measured}
     if options.free_answers:
         folder = Path(options.out) / f"{name}_answers"
-        found["free_answers"] = _answered(model, recordings, options.free_answers, folder)
+        found["free_answers"] = _answered(model, recordings, options, folder)
     del model
     torch.cuda.empty_cache()
     return found
@@ -206,13 +207,13 @@ def _measured(model: MoshiTTT, recordings: list[EncodedRecording], minutes: int)
 
 
 def _answered(
-    model: MoshiTTT, recordings: list[EncodedRecording], count: int, folder: Path
+    model: MoshiTTT, recordings: list[EncodedRecording], options: Any, folder: Path
 ) -> dict[str, Any]:
     """Shares of questions that are answered freely, by memory, group and gap."""
     lm, source = model.lm, model.source
     codec, clock, rows = source.codec(lm.device), source.clock, Rows.of(model.lm)
     silence = silence_codes(codec, clock, rows.user_codebooks).cpu()
-    questions = choose_questions(recordings, count)
+    questions = choose_questions(recordings, options.free_answers)
     shares: dict[str, Any] = {}
     memories: tuple[Literal["kept", "reset"], ...] = ("kept", "reset")
     for memory in memories if hybrid_layers(lm) else memories[:1]:
@@ -223,6 +224,7 @@ def _answered(
             silence,
             answer_steps=clock.steps(ANSWER_SEC),
             memory=memory,
+            after=options.free_after,
         )
         shares[memory] = answers_record(answers)
         write_json(folder / f"{memory}.json", {"answers": [one.record() for one in answers]})
@@ -268,6 +270,12 @@ def _parser(recipe: Mapping[str, Any]) -> ArgumentParser:
     add("--trained", type=str, help="Folder of a finished study, to be measured again.")
     add("--train_only", action="store_true", help="Measure nothing: another call does.")
     add("--free_answers", type=int, default=0, help="Questions to be answered freely.")
+    add(
+        "--free_after",
+        type=After,
+        default="question",
+        help="What is forced last: the `question`, or Moshi's own naming of the `key` it is about.",
+    )
     add(
         "--minutes",
         type=int,

@@ -98,10 +98,15 @@ def choose_questions(recordings: Sequence[EncodedRecording], count: int) -> list
     return [one for turn in rounds for one in turn if one is not None][:count]
 
 
-def free_from(probe: Probe) -> int:
-    """First step that is not forced: after the question, or where its answer starts if unknown."""
+After = Literal["question", "key"]
+"""What is forced last: the question, or the part of Moshi's answer that names what is asked for
+("your number was"), so that a model which did not understand the question is asked all the same."""
+
+
+def free_from(probe: Probe, after: After = "question") -> int:
+    """First step that is not forced; where the value starts if the question's end is unknown."""
     answer = probe.answer_steps[0].start
-    if probe.asked_until_step is None:
+    if after == "key" or probe.asked_until_step is None:
         return answer
     return min(probe.asked_until_step + 1, answer)
 
@@ -114,6 +119,7 @@ def free_answers(
     *,
     answer_steps: int,
     memory: Literal["kept", "reset"] = "kept",
+    after: After = "question",
     streams: int = 32,
     seed: int = 0,
 ) -> list[FreeAnswer]:
@@ -126,36 +132,41 @@ def free_answers(
         silence: what `silence_codes` gave, [K_user, 1].
         answer_steps: how long Moshi may talk.
         memory: `reset` takes it away just before each question.
+        after: what is forced last.
         streams: questions asked side by side, as memory allows; those of similar length are.
         seed: of the sampling.
 
     Returns:
         An answer a question, in order.
     """
-    order = sorted(range(len(questions)), key=lambda index: free_from(questions[index][1]))
+    order = sorted(range(len(questions)), key=lambda index: free_from(questions[index][1], after))
     found: dict[int, FreeAnswer] = {}
     batches = range(0, len(order), streams)
     for first in progress(batches, desc=f"free answers, {memory}", unit="batch", leave=False):
         batch = order[first : first + streams]
         asked = [questions[index] for index in batch]
         with borrowed(lm, seed):
-            spoken, user = _talk(lm, asked, silence, answer_steps, memory)
-        for row, (index, one) in enumerate(zip(batch, asked, strict=True)):
-            start = free_from(one[1])
+            starts = [free_from(probe, after) for _, probe in asked]
+            spoken, user = _talk(lm, asked, starts, silence, answer_steps, memory)
+        for row, (index, one, start) in enumerate(zip(batch, asked, starts, strict=True)):
             codes = torch.cat([spoken[row], user[row]])[:, : start + answer_steps]
-            found[index] = _answer(lm, decoder, one, codes)
+            found[index] = _answer(lm, decoder, one, codes, start)
     return [found[index] for index in range(len(questions))]
 
 
 def _talk(
-    lm: LMModel, questions: Sequence[Question], silence: Tensor, answer_steps: int, memory: str
+    lm: LMModel,
+    questions: Sequence[Question],
+    starts: Sequence[int],
+    silence: Tensor,
+    answer_steps: int,
+    memory: str,
 ) -> tuple[Tensor, Tensor]:
     """Codes [S, K_spoken, T] and users [S, K_user, T] of questions side by side.
 
-    The streams are forced for as long as their own question lasts: what is -1 is sampled.
+    The streams are forced until their own start: what is -1 is sampled.
     """
     rows = Rows.of(lm)
-    starts = [free_from(probe) for _, probe in questions]
     steps = max(starts) + answer_steps
     forced = torch.full((len(starts), rows.count, steps + 1), -1)
     for row, ((recording, _), start) in enumerate(zip(questions, starts, strict=True)):
@@ -179,9 +190,10 @@ def _talk(
     return generate(lm, prompt, user, observers=[EachStep(reset)]).cpu(), user[..., :steps]
 
 
-def _answer(lm: LMModel, decoder: Decoder, question: Question, codes: Tensor) -> FreeAnswer:
+def _answer(
+    lm: LMModel, decoder: Decoder, question: Question, codes: Tensor, start: int
+) -> FreeAnswer:
     recording, probe = question
-    start = free_from(probe)
     padding = (lm.text_padding_token_id, lm.end_of_text_padding_id)
 
     def text(tokens: Tensor) -> str:

@@ -84,6 +84,19 @@ def test_what_is_forced_ends_with_the_question_or_where_the_answer_starts() -> N
     assert free_from(probe(30, 24)) == 25
     assert free_from(probe(30, None)) == 30
     assert free_from(probe(30, 33)) == 30  # never into the answer
+    assert free_from(probe(30, 24), "key") == 30
+
+
+def test_after_the_key_the_value_is_all_that_is_free(make_lm: MakeLM) -> None:
+    one = recording(1, probe(30, 24))
+    value = one.codes[0, 30:33].tolist()
+    # free from step 30 on, where the recording has the value, which only the step before foretells
+    lm = speaking(make_lm().eval(), lambda step: value[step - 30] if 30 <= step < 33 else PAD)
+    asked = [(one, one.probes[0])]
+    (found,) = free_answers(lm, Words(), asked, SILENCE, answer_steps=3, after="key")
+    assert (found.free_from, found.right) == (30, True)
+    assert torch.equal(found.codes[:, :30], one.codes[:, :30])
+    assert found.codes.shape == (17, 33)
 
 
 def test_an_answer_that_is_there_is_found_and_only_within_its_time(make_lm: MakeLM) -> None:
