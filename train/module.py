@@ -155,6 +155,8 @@ class MoshiTTT(LightningModule):
             _, text_loss, audio_loss = read_clips(self.lm, codes, config, heard, predicted)
         loss = config.likelihood(text_loss, audio_loss)
         values = {"train/text_loss": text_loss, "train/audio_loss": audio_loss}
+        if predicted is not None and not any(predicted):  # left out, it would stay what it was
+            values["train/audio_loss"] = torch.full_like(audio_loss, torch.nan)
         if stats:
             penalty = magnitude_penalty(stats, config)
             if config.magnitude_reg:
