@@ -88,7 +88,7 @@ def load_trained(
             config = dataclasses.replace(config, context_steps=context_steps)
     with settings_at(f"{file.path}: model"):
         lm = build_lm(config, source, device)
-    if problem := difference(file.header, _trainable(lm)):
+    if problem := difference(file.header, trainable_weights(lm)):
         raise UserError(
             f"{file.path} does not fit its own config: {problem}; it was altered, or written by "
             "another version"
@@ -146,7 +146,7 @@ def start_from(lm: LMModel, name: str) -> None:
         UserError: weights that do not fit.
     """
     file = read_trained(_start_file(name))
-    if problem := difference(file.header, _trainable(lm), whole=False):
+    if problem := difference(file.header, trainable_weights(lm), whole=False):
         raise SettingError(
             "init_from",
             f"={name}: {problem}; set model.train and model.memory as they were in that run, or "
@@ -159,7 +159,8 @@ def _start_file(name: str) -> Path:
     return ASSETS / TINY / "memory.safetensors" if name == TINY else Path(name)
 
 
-def _trainable(lm: LMModel) -> dict[str, Tensor]:
+def trainable_weights(lm: LMModel) -> dict[str, Tensor]:
+    """All that trains, by name: what `save_trained` writes of a model."""
     return {name: p for group in trainable_groups(lm).values() for name, p in group.items()}
 
 

@@ -70,10 +70,8 @@ def _answers(recalls: Recalls, group: str, pool: Mapping[str, Share], window_sec
         for memory, one in pool.items()
     ]
     kept = recalls["kept"][group]
-    gaps = [
-        (abs(gap - ASKED_SEC), at) for at, gap in enumerate(kept["gap_sec"]) if gap > window_sec
-    ]
-    at = min(gaps)[1]
+    lost = [at for at, gap in enumerate(kept["gap_sec"]) if gap > window_sec]
+    at = min(lost, key=lambda bin: abs(kept["gap_sec"][bin] - ASKED_SEC))
     then = _and([f"{recalls[memory][group]['accuracy'][at]:.0%}" for memory in pool])
     return (
         f"Recall of what {who}, once attention (the last {window_sec:.0f} s) no longer holds it: "

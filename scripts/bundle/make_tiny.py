@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_bytes, write_json
-from moshi_ttt.model.build import trainable_groups
 from moshi_ttt.model.source import TINY, open_source
-from moshi_ttt.model.weights import load_trained, save_trained
+from moshi_ttt.model.weights import load_trained, save_trained, trainable_weights
 
 TEXT_CARD = 1000
 DIM = 256
@@ -133,7 +132,7 @@ def finish(folder: Path, trained: Path) -> None:
         _write(folder / FILES["moshi_name"], _stored(lm, torch.bfloat16))
         parameters = sum(p.numel() for p in open_source(str(folder)).lm().parameters())
     elif config.train == "memory":
-        weights = trainable_groups(lm)["memory"] | trainable_groups(lm)["gates"]
+        weights = trainable_weights(lm)
         halves = {name: weight.half() for name, weight in weights.items()}
         # by the name that the base has wherever it lies
         config = replace(config, source=TINY)

@@ -11,10 +11,10 @@ from make_tiny import finish
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
-from moshi_ttt.model.build import ModelConfig, Trained, build_lm, trainable_groups
+from moshi_ttt.model.build import ModelConfig, Trained, build_lm
 from moshi_ttt.model.source import ASSETS, open_source
 from moshi_ttt.model.trained_file import read_trained
-from moshi_ttt.model.weights import load_trained, save_trained
+from moshi_ttt.model.weights import load_trained, save_trained, trainable_weights
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def trained(folder: Path, path: Path, train: Trained) -> dict[str, torch.Tensor]:
+def trained(folder: Path, path: Path, train: Trained) -> dict[str, torch.nn.Parameter]:
     """Weights of a run upon `folder`, as they are saved."""
     source = open_source(str(folder))
     memory = MemoryConfig(layers="last:1", gate_init=0.3)
     config = ModelConfig(
         source=str(folder), dtype="float32", context_steps=20, train=train, memory=memory
     )
-    groups = trainable_groups(build_lm(config, source))
-    weights = {name: one for group in groups.values() for name, one in group.items()}
+    weights = trainable_weights(build_lm(config, source))
     save_trained(path, weights, config, trained_steps=25, source=source)
     return weights
 

@@ -9,11 +9,11 @@ import torch
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
-from moshi_ttt.model.build import ModelConfig, build_lm, trainable_groups
+from moshi_ttt.model.build import ModelConfig, build_lm
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import ASSETS, open_source
 from moshi_ttt.model.subject import open_subject, short_name
-from moshi_ttt.model.weights import save_trained
+from moshi_ttt.model.weights import save_trained, trainable_weights
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source="tiny", dtype="float32", context_steps=20, train="memory", memory=memory
     )
     source = open_source("tiny")
-    groups = trainable_groups(build_lm(config, source))
     path = tmp_path_factory.mktemp("runs") / "long60s/000/checkpoints/best.safetensors"
     path.parent.mkdir(parents=True)
-    weights = {name: one for group in groups.values() for name, one in group.items()}
+    weights = trainable_weights(build_lm(config, source))
     save_trained(path, weights, config, trained_steps=25, source=source)
     return path
 
