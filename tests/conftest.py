@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from moshi_ttt.model.compiling import compile_on_gpu_only
+from moshi_ttt.compiling import compile_on_gpu_only
 
 compile_on_gpu_only()  # tests also build models by moshi's own classes
 

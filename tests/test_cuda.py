@@ -16,7 +16,7 @@ from moshi_ttt.instruments.attention_mass import AttentionWatch
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig, build_rule
 from moshi_ttt.memory.gated_delta.chunked import chunked
-from moshi_ttt.memory.gated_delta.kernel import fused
+from moshi_ttt.memory.gated_delta.kernel import by_kernel
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -102,7 +102,7 @@ def test_the_fused_gated_delta_rule_is_the_chunked_one(steps: int, head_dim: int
     leaves = [x.requires_grad_() for x in (q, k, v, beta, log_alpha, draw(head_dim, head_dim))]
     weights = draw(steps, head_dim), draw(head_dim, head_dim)
     found = []
-    for form in (fused, chunked):
+    for form in (by_kernel, chunked):
         outputs = form(tuple(leaves[:5]), leaves[5])
         loss = sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
         found.append([*outputs, *torch.autograd.grad(loss, leaves)])

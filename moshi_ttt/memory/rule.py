@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moshi_ttt.compiling import fused
 from moshi_ttt.memory.config import MemoryConfig
 from moshi_ttt.memory.projections import Corrected
 
@@ -111,14 +112,25 @@ class MemoryRule(nn.Module, ABC):
     def _project(self, x: Tensor, shared_qkv: Tensor | None) -> tuple[Tensor, ...]:
         """Unit queries and keys, values [B, H, T, dh] and write gates [B, H, T, 1]."""
         qkv = self.qkv(x) if shared_qkv is None else self.qkv(x, shared_qkv.to(x.dtype))
-        q, k, v = (
-            qkv.to(self.dtype).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        )
-        return _unit(q), _unit(k), v, self._per_head(self.write(x)).sigmoid()
+        q, k, v = _heads_of(qkv, self.heads, self.dtype)
+        return q, k, v, self._per_head(_sigmoid(self.write(x), self.dtype))
 
-    def _per_head(self, projected: Tensor) -> Tensor:
+    @staticmethod
+    def _per_head(projected: Tensor) -> Tensor:
         """[B, T, H] as the inner maths wants it: [B, H, T, 1]."""
-        return projected.to(self.dtype).transpose(1, 2).unsqueeze(-1)
+        return projected.transpose(1, 2).unsqueeze(-1)
+
+
+@fused
+def _heads_of(qkv: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit queries and keys, and values, [B, H, T, dh], of [B, T, 3 x H x dh]."""
+    q, k, v = qkv.to(dtype).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return _unit(q), _unit(k), v
+
+
+@fused
+def _sigmoid(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).sigmoid()
 
 
 def _unit(x: Tensor) -> Tensor:

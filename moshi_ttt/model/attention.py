@@ -5,17 +5,25 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from moshi.modules.transformer import StreamingMultiheadAttention, expand_repeated_kv
+from moshi.modules.transformer import (
+    RingKVCache,
+    StreamingMultiheadAttention,
+    expand_repeated_kv,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moshi_ttt.compiling import fused
+
 
 class ParallelAttention(StreamingMultiheadAttention):
-    """The same numbers as moshi's; where steps stream, it is moshi's own code.
+    """The same numbers as moshi's.
 
     moshi's mask [B, 1, T, T] holds the same for every row, and making it moves more memory than
     attention itself. One [T, T] does; none is needed where the window reaches the first step, and
     where it is short, time and memory need not grow with the square of T.
+
+    Where steps stream, what a step may see is found in one kernel in place of thirty.
 
     In the depformer, where codebooks stream, the next one is known beforehand: with all that have
     been in front of it, it needs neither positions nor a mask.
@@ -46,6 +54,8 @@ class ParallelAttention(StreamingMultiheadAttention):
         usual = self.causal and self.kv_repeat == 1 and not self.rope
         if self.weights_per_step and usual and state is not None and steps == 1:
             return self._next_codebook(query, state)
+        if self._streams_alone(state) and steps == 1:
+            return self._next_step(query, state)
         if state is not None or self.weights_per_step or not self.causal:
             attended: Tensor = super().forward(query, key, value)
             return attended
@@ -66,6 +76,39 @@ class ParallelAttention(StreamingMultiheadAttention):
         else:
             mask = self._window(steps, query.device)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        return self.out_projs[0](y.transpose(1, 2).flatten(2))
+
+    def _streams_alone(self, state: Any) -> bool:
+        """Whether it is a temporal attention that streams with moshi's own ring."""
+        return (
+            state is not None
+            and self.causal
+            and not self.weights_per_step
+            and type(state.kv_cache) is RingKVCache
+            and state.kv_cache.respect_exec_mask
+        )
+
+    def _next_step(self, query: Tensor, state: Any) -> Tensor:
+        """Attention of one step to what the ring holds, [B, 1, D]."""
+        projected = self.in_projs[0](query)
+        channels, ring = self.embed_dim // self.num_heads, state.kv_cache
+        q, k, v = (
+            part.unflatten(-1, (-1, channels)).transpose(1, 2)
+            for part in projected.split(self._widths(projected.shape[-1]), dim=-1)
+        )
+        if self.rope:
+            q, k = self.rope(q, k, state.offset, time_before_heads=False)
+        slots, mask = _turn(
+            ring.end_offset, state.offset, state.exec_mask, ring.capacity, self.context, q.dtype
+        )
+        slots = slots.view(-1, 1, 1, 1).expand(k.shape)
+        ring.cache[0].scatter_(2, slots, k)
+        ring.cache[1].scatter_(2, slots, v)
+        state.offset_cpu += 1
+        k, v = ring.cache
+        if self.kv_repeat > 1:
+            k, v = (expand_repeated_kv(one, self.kv_repeat) for one in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.out_projs[0](y.transpose(1, 2).flatten(2))
 
     def _next_codebook(self, query: Tensor, state: Any) -> Tensor:
@@ -96,6 +139,45 @@ class ParallelAttention(StreamingMultiheadAttention):
         position = torch.arange(steps, device=device)
         distance = position[:, None] - position
         return (distance >= 0) & (distance < self.context)
+
+
+@fused
+def _turn(
+    end_offset: Tensor,
+    offset: Tensor,
+    exec_mask: Tensor,
+    capacity: int,
+    context: int | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Make room for one step in a ring of moshi's.
+
+    Args:
+        end_offset: positions written, [B]; counts one more where `exec_mask` is true.
+        offset: position of the query, [B]; likewise.
+        exec_mask: [B]; a row that is false writes where its next step will write again.
+        capacity: of the ring.
+        context: how far a query sees.
+        dtype: of the mask.
+
+    Returns:
+        The slot to write, [B], and what is added to the scores of all slots, [B, 1, 1, capacity].
+    """
+    slot = torch.arange(capacity, device=end_offset.device)
+    newest, query = end_offset[:, None], offset[:, None]
+    written = newest % capacity
+    age = (written - slot) % capacity
+    position = newest - age
+    visible = (position >= 0) & (query >= position)
+    # a row that is not executed has not written
+    visible = visible & (slot < (newest + exec_mask[:, None]))
+    if context is not None:
+        visible = visible & (query - position < context)
+    # as torch makes it of a mask of booleans, for every head anew
+    added = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
+    end_offset.copy_(torch.where(exec_mask, end_offset + 1, end_offset))
+    offset.copy_(torch.where(exec_mask, offset + 1, offset))
+    return written[:, 0], added[:, None, None]
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:

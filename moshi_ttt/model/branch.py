@@ -13,6 +13,7 @@ from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moshi_ttt.compiling import fused
 from moshi_ttt.memory import (
     Corrected,
     MemoryConfig,
@@ -95,8 +96,7 @@ class _BranchState(State):
     @torch.no_grad()
     def _write(self, rows: Tensor, memory: MemoryState) -> None:
         for name, buffer in self.memory.items():
-            mask = rows.view(-1, *[1] * (buffer.dim() - 1))
-            buffer.copy_(torch.where(mask, memory[name], buffer))
+            _overwrite(buffer, rows, memory[name])
 
 
 class MemoryBranch(StreamingModule[_BranchState]):
@@ -183,28 +183,38 @@ class MemoryBranch(StreamingModule[_BranchState]):
         else:
             borrowed = shared.out_proj(y.to(cast(Tensor, shared.out_proj.weight).dtype))
             z = self.out_proj(y, borrowed.to(y.dtype))
-        z = z.to(self.rule.dtype)
-        residual = residual.to(self.rule.dtype)
-        gate = self.gate.to(self.rule.dtype)
-        # unlike sqrt, the gradient of a norm at 0 is 0, not NaN
-        norm = torch.linalg.vector_norm
         # under grad also without an observer, where activation checkpointing runs the forward again
         # in backward, when the observer is gone, and needs the same graph
         observed = self.observer is not None or (self.recomputed and torch.is_grad_enabled())
-        if self.bounded or observed:
-            residual_norm = norm(residual, dim=-1, keepdim=True)
-        if self.bounded:
-            gate = gate.tanh()
-            rms = residual_norm * residual.shape[-1] ** -0.5
-            z = F.rms_norm(z, z.shape[-1:], eps=1.0) * rms
-        branch = gate * z
-        if observed:
-            stats = BranchStats(
-                raw_norm=norm(z, dim=-1),
-                norm=norm(branch, dim=-1),
-                residual_norm=residual_norm.squeeze(-1),
-                gate_rms=norm(gate) * len(gate) ** -0.5,
-            )
-            if self.observer is not None:
-                self.observer(stats)
+        branch, stats = _read_out(z, residual, self.gate, self.rule.dtype, self.bounded, observed)
+        if stats is not None and self.observer is not None:
+            self.observer(BranchStats(*stats))
         return branch
+
+
+@fused
+def _overwrite(buffer: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write `values` [B, ...] or [1, ...] into the rows [B] of a buffer that are true."""
+    mask = rows.view(-1, *[1] * (buffer.dim() - 1))
+    buffer.copy_(torch.where(mask, values, buffer))
+
+
+@fused
+def _read_out(
+    z: Tensor, residual: Tensor, gate: Tensor, dtype: torch.dtype, bounded: bool, observed: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
+    """The branch for what the rule read, z [B, T, D], and the norms of `BranchStats`."""
+    z, residual, gate = z.to(dtype), residual.to(dtype), gate.to(dtype)
+    # unlike sqrt, the gradient of a norm at 0 is 0, not NaN
+    norm = torch.linalg.vector_norm
+    if bounded or observed:
+        residual_norm = norm(residual, dim=-1, keepdim=True)
+    if bounded:
+        gate = gate.tanh()
+        rms = residual_norm * residual.shape[-1] ** -0.5
+        z = F.rms_norm(z, z.shape[-1:], eps=1.0) * rms
+    branch = gate * z
+    if not observed:
+        return branch, None
+    gate_rms = norm(gate) * len(gate) ** -0.5
+    return branch, (norm(z, dim=-1), norm(branch, dim=-1), residual_norm.squeeze(-1), gate_rms)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import cast
 
 import torch
@@ -47,16 +48,8 @@ class HybridLayer(StreamingContainer):
         # as upstream: off a GPU, compiling costs more than it gives
         with nullcontext() if x.is_cuda else no_compile():
             normed = self.base.norm1(x)
-            if self.shares:
-                attention = self.base.self_attn
-                # attention's input is the memory's: both use what this projection makes of it
-                with _output_of(attention.in_projs[0]) as projected:
-                    h = self._attended(x, normed)
-                shared = Shared(projected[0], attention.out_projs[0])
-                branch = self.branch(normed, residual=x, shared=shared)
-            elif self.placement == "parallel":
-                h = self._attended(x, normed)
-                branch = self.branch(normed, residual=x)
+            if self.placement == "parallel":
+                h, branch = self._beside_attention(x, normed)
             else:
                 h = self._attended(x, normed)
                 wide = h.to(self.branch.rule.dtype)
@@ -66,25 +59,47 @@ class HybridLayer(StreamingContainer):
                 self.base._streaming_state.offset_cpu += x.shape[1]
             return h
 
+    def _beside_attention(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """x + attention, and the branch, both of which read `normed`."""
+        attention, branches = self.base.self_attn, list[Tensor]()
+        # a step is many kernels too small for a GPU: those of memory and attention go side by side
+        alone = not (x.is_cuda and self.branch.is_streaming)
+        beside = nullcontext() if alone else torch.cuda.stream(_second_stream(x.device))
+
+        def remember(shared: Shared | None = None) -> None:
+            if not alone:
+                _second_stream(x.device).wait_stream(torch.cuda.current_stream(x.device))
+            with beside:
+                branches.append(self.branch(normed, residual=x, shared=shared))
+
+        if self.shares:
+            # attention's input is the memory's: both use what this projection makes of it
+            def share(_: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> None:
+                shared.append(Shared(qkv, attention.out_projs[0]))
+                remember(shared[0])
+
+            shared = list[Shared]()  # kept until both are through with it
+            handle = attention.in_projs[0].register_forward_hook(share)
+            try:
+                h = self._attended(x, normed)
+            finally:
+                handle.remove()
+        else:
+            remember()
+            h = self._attended(x, normed)
+        if not alone:
+            torch.cuda.current_stream(x.device).wait_stream(_second_stream(x.device))
+        return h, branches[0]
+
     def _attended(self, x: Tensor, normed: Tensor) -> Tensor:
         """moshi's attention block, of an input that is normed once for it and for the memory."""
         update: Tensor = self.base.self_attn(normed, normed, normed)
         return x.to(update) + self.base.layer_scale_1(update)
 
 
-@contextmanager
-def _output_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module gives inside the scope."""
-    outputs: list[Tensor] = []
-
-    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.append(output)
-
-    handle = module.register_forward_hook(keep)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def add_memory(lm: LMModel, config: MemoryConfig) -> list[int]:

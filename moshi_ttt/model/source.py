@@ -20,9 +20,9 @@ from moshi.models.lm import LMModel
 from torch import nn
 
 from moshi_ttt.clock import Clock
+from moshi_ttt.compiling import compile_on_gpu_only
 from moshi_ttt.errors import SettingError, UserError
 from moshi_ttt.model.attention import parallel_attention
-from moshi_ttt.model.compiling import compile_on_gpu_only
 from moshi_ttt.model.hub import downloaded, hub_info
 from moshi_ttt.model.inspection import (
     check_config,

@@ -16,10 +16,10 @@ from scipy.signal import resample_poly
 from torch import Tensor
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
+from moshi_ttt.compiling import compile_on_gpu_only
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codes import encode_recording, visible_past_steps
 from moshi_ttt.errors import UserError
-from moshi_ttt.model.compiling import compile_on_gpu_only
 
 _GAP_SEC = 0.4  # between words: cut there
 _MARGIN_SEC = 0.15  # kept around what is cut

@@ -29,8 +29,8 @@ from moshi.models import MimiModel, loaders
 from moshi.utils.compile import no_compile
 
 from moshi_ttt.command_line import add_device, parse, program_parser
+from moshi_ttt.compiling import compile_on_gpu_only
 from moshi_ttt.errors import UserError, run_program
-from moshi_ttt.model.compiling import compile_on_gpu_only
 
 
 def build(config: dict[str, Any], speech: Speech, seed: int) -> MimiModel:

@@ -34,7 +34,7 @@ def test_without_a_gpu_it_is_never_asked_for() -> None:
 
 
 def test_a_kernel_that_gives_the_same_is_used(agrees: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(kernel, "fused", chunked)
+    monkeypatch.setattr(kernel, "by_kernel", chunked)
     assert agrees()
 
 
@@ -50,7 +50,7 @@ def test_a_kernel_that_is_wrong_somewhere_is_not(
         scale = {"read-out": (1.1, 1.0), "memory": (1.0, 0.9), "gradient": (1.0, 1.0)}[wrong]
         return scale[0] * y, scale[1] * after
 
-    monkeypatch.setattr(kernel, "fused", form)
+    monkeypatch.setattr(kernel, "by_kernel", form)
     with caplog.at_level(logging.WARNING):
         assert not agrees()
         assert not agrees()
@@ -78,7 +78,7 @@ def test_a_kernel_that_cannot_be_built_falls_back(
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(kernel, "fused", broken)
+    monkeypatch.setattr(kernel, "by_kernel", broken)
     assert not agrees()
     assert "fails here (RuntimeError: no compiler)" in caplog.text
 

@@ -88,3 +88,23 @@ def test_a_model_of_a_source_has_it_and_adapters_keep_it() -> None:
     assert type(lm.transformer.layers[0].self_attn) is ParallelAttention
     add_lora(lm, LoraConfig(targets=("qkv",)))
     assert type(lm.transformer.layers[0].self_attn) is AdapterAttention
+
+
+def test_steps_with_rows_that_wait_or_begin_again_are_moshis(make_lm: MakeLM) -> None:
+    outputs, rings = [], []
+    for lm in pair(make_lm, context=5):
+        attention = lm.transformer.layers[0].self_attn.eval()
+        generator, seen = torch.Generator().manual_seed(0), []
+        with torch.no_grad(), attention.streaming(3):
+            for _ in range(23):
+                rows = torch.rand(2, 3, generator=generator)
+                attention.reset_streaming(rows[0] < 0.1)
+                attention.set_exec_mask(rows[1] < 0.7)
+                x = torch.randn(3, 1, lm.dim, generator=generator)
+                # moshi's own gives NaN, or anything, for a row that waits and holds nothing
+                seen.append(attention(x, x, x)[rows[1] < 0.7])
+            state = attention.get_streaming_state()[""]
+            rings.append([state.kv_cache.cache, state.kv_cache.end_offset, state.offset])
+        outputs.append(torch.cat(seen))
+    assert torch.equal(*outputs)
+    assert all(map(torch.equal, *rings))

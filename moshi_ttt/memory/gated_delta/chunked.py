@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moshi_ttt.compiling import fused
 from moshi_ttt.memory.config import MemoryConfig
-from moshi_ttt.memory.gated_delta.kernel import Inputs, fused, is_usable
+from moshi_ttt.memory.gated_delta.kernel import Inputs, by_kernel, is_usable
 from moshi_ttt.memory.rule import MemoryRule, MemoryState
 
 _CHUNK_STEPS = 64
@@ -43,17 +44,9 @@ class GatedDelta(MemoryRule):
             "updates": torch.zeros(batch_size, dtype=torch.int64, device=self.initial.device),
         }
 
-    def log_rates(self, forget: Tensor) -> Tensor:
-        """Log of the rate of forgetting a step from what `forget` gave, [..., H].
-
-        At most 0, a forgetting time of one step: beyond it there is no memory to speak of, and
-        differences of decays within a chunk would lose their digits.
-        """
-        return (self.log_rate + forget).clamp(max=0.0)
-
     def _project(self, x: Tensor, shared_qkv: Tensor | None) -> tuple[Tensor, ...]:
-        log_rate = self._per_head(self.log_rates(self.forget(x).to(self.dtype)))
-        return (*super()._project(x, shared_qkv), -log_rate.exp())
+        log_alpha = _log_alpha(self.forget(x), self.log_rate, self.dtype)
+        return (*super()._project(x, shared_qkv), self._per_head(log_alpha))
 
     def _walk(
         self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
@@ -61,19 +54,37 @@ class GatedDelta(MemoryRule):
         q, k, v, beta, log_alpha = inputs
         state = state or self.init_state(len(q))
         whole = q, k, v, beta, log_alpha
-        form = one_step if q.shape[2] == 1 else chunked
-        if mixed and is_usable(whole, chunked):
-            form = fused
-        y, memory = form(whole, state["memory"])
+        if q.shape[2] == 1:
+            y, memory = one_step(*whole, state["memory"])
+        else:
+            form = by_kernel if mixed and is_usable(whole, chunked) else chunked
+            y, memory = form(whole, state["memory"])
         return y, {"memory": memory, "updates": state["updates"] + q.shape[2]}
 
 
-def one_step(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+@fused
+def _log_alpha(forget: Tensor, log_rate: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log of what is kept a step, of what `forget` gave, [..., H].
+
+    The log of the rate is at most 0, a forgetting time of one step: beyond it there is no memory
+    to speak of, and differences of decays within a chunk would lose their digits.
+    """
+    return -(log_rate + forget.to(dtype)).clamp(max=0.0).exp()
+
+
+@fused
+def one_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, memory: Tensor
+) -> tuple[Tensor, Tensor]:
     """The rule as it is written, over a single step: what a generation waits for."""
-    q, k, v, beta, log_alpha = inputs
     memory = log_alpha.exp() * memory
-    memory = memory + k.mT @ (beta * (v - k @ memory))
-    return q @ memory, memory
+    memory = memory + k.mT * (beta * (v - _times(k, memory)))
+    return _times(q, memory), memory
+
+
+def _times(row: Tensor, matrix: Tensor) -> Tensor:
+    """`row @ matrix`, [..., 1, n] and [..., n, m], as sums that fuse with what is around them."""
+    return (row.mT * matrix).sum(-2, keepdim=True)
 
 
 def chunked(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:

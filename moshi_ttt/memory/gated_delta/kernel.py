@@ -32,7 +32,7 @@ Form = Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]
 logger = logging.getLogger(__name__)
 
 
-def fused(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+def by_kernel(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
     """The rule over T steps.
 
     Args:
@@ -60,7 +60,7 @@ def fused(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_usable(inputs: Inputs, chunked: Form) -> bool:
-    """Whether `fused` may stand in for the chunked form here; the first time, it is tried out.
+    """Whether `by_kernel` may stand in for the chunked form here; the first time, it is tried out.
 
     Args:
         inputs: what is to be computed.
@@ -121,6 +121,6 @@ def largest_error(head_dim: int, device: torch.device, chunked: Form) -> float:
         loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
         return [*outputs, *torch.autograd.grad(loss, leaves)]  # type: ignore[arg-type]
 
-    pairs = zip(run(fused), run(chunked), strict=True)
+    pairs = zip(run(by_kernel), run(chunked), strict=True)
     errors = [(got - want).norm() / want.norm() for got, want in pairs]
     return float(torch.stack(errors).max().detach())
