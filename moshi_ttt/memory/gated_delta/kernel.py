@@ -17,6 +17,8 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from moshi_ttt.compiling import fused
+
 TESTED = "0.6."
 """Versions of fla-core whose outputs, states and gradients were compared with the reference."""
 LARGEST_HEAD_DIM = 256
@@ -44,19 +46,29 @@ def by_kernel(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
     """
     from fla.ops.kda import chunk_kda  # imports triton
 
-    q, k, v, beta, log_alpha = (tensor.transpose(1, 2) for tensor in inputs)
-    half = torch.bfloat16
+    q, k, v, log_alpha, beta = _as_kernel_wants(*inputs)
     y, memory = chunk_kda(
-        q.to(half).contiguous(),
-        k.to(half).contiguous(),
-        v.to(half).contiguous(),
-        log_alpha.expand_as(k).contiguous(),
-        beta[..., 0].to(half).contiguous(),
+        q,
+        k,
+        v,
+        log_alpha,
+        beta,
         scale=1.0,
         initial_state=memory.contiguous(),
         output_final_state=True,
     )
     return y.transpose(1, 2).float(), memory
+
+
+@fused
+def _as_kernel_wants(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor
+) -> tuple[Tensor, ...]:
+    """Queries, keys, values in bf16 and log decays [B, T, H, dh], write gates in bf16 [B, T, H]."""
+    q, k, v, beta, log_alpha = (one.transpose(1, 2) for one in (q, k, v, beta, log_alpha))
+    log_alpha = log_alpha.expand_as(k).contiguous()
+    q, k, v, beta = (one.to(torch.bfloat16).contiguous() for one in (q, k, v, beta))
+    return q, k, v, log_alpha, beta[..., 0]
 
 
 def is_usable(inputs: Inputs, chunked: Form) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moshi_ttt.memory.ttt.mini_batch import FastWeights, MiniBatchRule, causal
+from moshi_ttt.memory.ttt.mini_batch import FastWeights, MiniBatchRule, Norm, causal
 
 
 class TTTLinear(MiniBatchRule):
@@ -16,13 +16,21 @@ class TTTLinear(MiniBatchRule):
             "bias": ((self.heads, 1, self.head_dim), False),
         }
 
-    def _dual(
-        self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, anchor: FastWeights, step: FastWeights
+    @staticmethod
+    def dual(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rate: Tensor,
+        anchor: FastWeights,
+        step: FastWeights,
+        norm: Norm,
     ) -> tuple[Tensor, FastWeights]:
+        """See `MiniBatchRule.dual`."""
         weight, bias = anchor["weight"], anchor["bias"]
-        error = rate * self._error(k, v, k @ weight + bias)
+        error = rate * norm.error(k, v, k @ weight + bias)
         z = q @ (weight - step["weight"]) + (bias - step["bias"]) - causal(q, k) @ error
-        return self._read(q, z), {
+        return norm.read(q, z), {
             "weight": step["weight"] + k.mT @ error,
             "bias": step["bias"] + error.sum(2, keepdim=True),
         }

@@ -10,17 +10,40 @@ Gradients of a linear map are outer products, so that sum never has to be formed
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moshi_ttt.compiling import fused
 from moshi_ttt.memory.config import MemoryConfig
 from moshi_ttt.memory.rule import MemoryRule, MemoryState
 
 _EPS = 1e-5
 FastWeights = dict[str, Tensor]
+
+
+class Norm(NamedTuple):
+    """The LayerNorm that f ends in, for each head [H, 1, dh]."""
+
+    scale: Tensor
+    bias: Tensor
+
+    def read(self, q: Tensor, z: Tensor) -> Tensor:
+        """f's last line: q + LayerNorm(z)."""
+        normed = F.layer_norm(z, z.shape[-1:], eps=_EPS)
+        return q + normed * self.scale + self.bias
+
+    def error(self, k: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        """Gradient of 1/2 |k + LayerNorm(z) - v|^2 with respect to z, [B, H, n, dh]."""
+        centred = z - z.mean(-1, keepdim=True)
+        inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + _EPS)
+        normed = centred * inverse_std
+        grad = self.scale * (k + normed * self.scale + self.bias - v)
+        along = (grad * normed).mean(-1, keepdim=True)
+        return inverse_std * (grad - grad.mean(-1, keepdim=True) - normed * along)
 
 
 class MiniBatchRule(MemoryRule):
@@ -68,11 +91,31 @@ class MiniBatchRule(MemoryRule):
     def _fast_weight_shapes(self) -> dict[str, tuple[tuple[int, int, int], bool]]:
         """Name -> shape [H, rows, columns], and whether W0 starts random (weights) or 0."""
 
+    @staticmethod
     @abstractmethod
-    def _dual(
-        self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, anchor: FastWeights, step: FastWeights
+    def dual(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rate: Tensor,
+        anchor: FastWeights,
+        step: FastWeights,
+        norm: Norm,
     ) -> tuple[Tensor, FastWeights]:
-        """Read n steps of one mini-batch, and add their gradients to `step`."""
+        """Read n steps of one mini-batch, and add their gradients to `step`.
+
+        Args:
+            q: queries, [B, H, n, dh].
+            k: keys, likewise.
+            v: values, likewise.
+            rate: of each step, [B, H, n, 1].
+            anchor: fast weights that the mini-batch started from.
+            step: sum of its gradients so far.
+            norm: of f.
+
+        Returns:
+            The read-out [B, H, n, dh], and the sum after these steps.
+        """
 
     def _chunk_lengths(self, steps: int, state: MemoryState | None) -> Sequence[int]:
         if steps == 1:
@@ -98,39 +141,45 @@ class MiniBatchRule(MemoryRule):
 
     def _advance(self, chunk: Sequence[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
         q, k, v, write = chunk
-        anchor = {name: state[name] for name in self.initial}
-        step = {name: state[f"step_{name}"] for name in self.initial}
-        y, step = self._dual(q, k, v, self.inner_lr * write, anchor, step)
+        norm = Norm(self.norm_scale.to(self.dtype), self.norm_bias.to(self.dtype))
+        initial = {name: w0.to(self.dtype) for name, w0 in self.initial.items()}
+        rate, dual = self.inner_lr * write, self.dual
+        return _advance(
+            q, k, v, rate, state, initial, norm, self.log_rate, self.steps_per_update, dual
+        )
 
-        phase = state["phase"] + q.shape[2]
-        ends = phase == self.mini_batch_steps
-        after: MemoryState = {
-            "phase": phase.masked_fill(ends, 0),
-            "updates": state["updates"] + ends,
-        }
-        rows = ends.view(-1, 1, 1, 1)
-        kept = torch.exp(-self.mini_batch_steps * self.log_rate.to(self.dtype).exp())
-        for name, w0 in self.initial.items():
-            w0 = w0.to(self.dtype)
-            relaxed = torch.lerp(w0, anchor[name] - step[name], kept.view(-1, 1, 1))
-            after[name] = torch.where(rows, relaxed, anchor[name])
-            after[f"step_{name}"] = step[name].masked_fill(rows, 0.0)
-        return y, after
 
-    def _read(self, q: Tensor, z: Tensor) -> Tensor:
-        """f's last line: q + LayerNorm(z)."""
-        normed = F.layer_norm(z, (self.head_dim,), eps=_EPS)
-        return q + normed * self.norm_scale.to(z.dtype) + self.norm_bias.to(z.dtype)
+@fused
+def _advance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    state: Mapping[str, Tensor],
+    initial: FastWeights,
+    norm: Norm,
+    log_rate: Tensor,
+    mini_batch_steps: int,
+    dual: Callable[..., tuple[Tensor, FastWeights]],
+) -> tuple[Tensor, MemoryState]:
+    """The read-out of n steps of one mini-batch, and the state after them."""
+    anchor = {name: state[name] for name in initial}
+    step = {name: state[f"step_{name}"] for name in initial}
+    y, step = dual(q, k, v, rate, anchor, step, norm)
 
-    def _error(self, k: Tensor, v: Tensor, z: Tensor) -> Tensor:
-        """Gradient of 1/2 |k + LayerNorm(z) - v|^2 with respect to z, [B, H, n, dh]."""
-        centred = z - z.mean(-1, keepdim=True)
-        inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + _EPS)
-        normed = centred * inverse_std
-        scale = self.norm_scale.to(z.dtype)
-        grad = scale * (k + normed * scale + self.norm_bias.to(z.dtype) - v)
-        along = (grad * normed).mean(-1, keepdim=True)
-        return inverse_std * (grad - grad.mean(-1, keepdim=True) - normed * along)
+    phase = state["phase"] + q.shape[2]
+    ends = phase == mini_batch_steps
+    after: MemoryState = {
+        "phase": phase.masked_fill(ends, 0),
+        "updates": state["updates"] + ends,
+    }
+    rows = ends.view(-1, 1, 1, 1)
+    kept = torch.exp(-mini_batch_steps * log_rate.to(q.dtype).exp())
+    for name, w0 in initial.items():
+        relaxed = torch.lerp(w0, anchor[name] - step[name], kept.view(-1, 1, 1))
+        after[name] = torch.where(rows, relaxed, anchor[name])
+        after[f"step_{name}"] = step[name].masked_fill(rows, 0.0)
+    return y, after
 
 
 def causal(queries: Tensor, keys: Tensor) -> Tensor:

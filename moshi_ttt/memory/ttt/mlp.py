@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.memory.ttt.mini_batch import FastWeights, MiniBatchRule, causal
+from moshi_ttt.memory.ttt.mini_batch import FastWeights, MiniBatchRule, Norm, causal
 
 
 class TTTMLP(MiniBatchRule):
@@ -28,26 +28,30 @@ class TTTMLP(MiniBatchRule):
             "bias2": ((self.heads, 1, self.head_dim), False),
         }
 
-    @property
-    def hidden_scale(self) -> float:
-        """c: the mean of gelu(n)^2 is 0.425 for a standard normal n."""
-        return (0.425 * 4 * self.head_dim) ** -0.5
-
-    def _dual(
-        self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, anchor: FastWeights, step: FastWeights
+    @staticmethod
+    def dual(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rate: Tensor,
+        anchor: FastWeights,
+        step: FastWeights,
+        norm: Norm,
     ) -> tuple[Tensor, FastWeights]:
+        """See `MiniBatchRule.dual`."""
+        scale = (0.425 * 4 * q.shape[-1]) ** -0.5  # the mean of gelu(n)^2, n standard normal
         before = k @ anchor["weight1"] + anchor["bias1"]
-        hidden = self.hidden_scale * F.gelu(before)
-        error2 = self._error(k, v, hidden @ anchor["weight2"] + anchor["bias2"])
-        slope = self.hidden_scale * _gelu_slope(before)
+        hidden = scale * F.gelu(before)
+        error2 = norm.error(k, v, hidden @ anchor["weight2"] + anchor["bias2"])
+        slope = scale * _gelu_slope(before)
         error1 = rate * slope * (error2 @ anchor["weight2"].mT)
         error2 = rate * error2
 
         now = {name: anchor[name] - step[name] for name in anchor}
         read = q @ now["weight1"] + now["bias1"] - causal(q, k) @ error1
-        read = self.hidden_scale * F.gelu(read)
+        read = scale * F.gelu(read)
         z = read @ now["weight2"] + now["bias2"] - causal(read, hidden) @ error2
-        return self._read(q, z), {
+        return norm.read(q, z), {
             "weight1": step["weight1"] + k.mT @ error1,
             "bias1": step["bias1"] + error1.sum(2, keepdim=True),
             "weight2": step["weight2"] + hidden.mT @ error2,
