@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from moshi.models.lm import LMModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from moshi_ttt.instruments.buffers import Buffers
-from moshi_ttt.memory import GatedDelta
+from moshi_ttt.model.branch import Pieces
 from moshi_ttt.model.hybrid import HybridLayer, hybrid_layers
 
 FAST_WEIGHT_STRIDE = 16
@@ -42,26 +42,28 @@ class MemoryWatch:
         empty = torch.full((looks, batch_size, count), float("nan"), device=lm.device)
         self._fast_weight_norm = empty
         self._gate_rms = torch.full((count,), float("nan"), device=lm.device)
-        self._log_rates = torch.zeros(0, device=lm.device)
-        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+        self._pieces: list[Pieces] = []
+        self._inputs: list[Sequence[Tensor]] = []
 
     def __bool__(self) -> bool:
         return bool(self._hybrids)
 
-    def attach(self, on_output: Callable[..., None]) -> None:
-        """Add forward hooks that keep references and issue no operation.
-
-        Args:
-            on_output: called with a module, a hook and its `kwargs`; undoes them at the end.
-        """
-        for layer in self._hybrids.values():
-            on_output(layer.branch, self._keep_branch, with_kwargs=True)
-            on_output(layer.branch.out_proj, self._keep("read_out"))
-            on_output(layer.branch.rule.write, self._keep("write"))
-            if isinstance(layer.branch.rule, GatedDelta):
-                on_output(layer.branch.rule.forget, self._keep("forget"))
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Watch while the scope is open."""
+        branches = [layer.branch for layer in self._hybrids.values()]
+        before = [(branch.keeper, branch.rule.observer) for branch in branches]
         if self:
             self._read_constants()
+        try:
+            for branch in branches:
+                branch.keeper = self._pieces.append
+                branch.rule.observer = self._inputs.append
+            yield
+        finally:
+            self._drop_seen()
+            for branch, watching in zip(branches, before, strict=True):
+                branch.keeper, branch.rule.observer = watching
 
     @torch.no_grad()
     def _read_constants(self) -> None:
@@ -69,41 +71,35 @@ class MemoryWatch:
         branches = [layer.branch for layer in self._hybrids.values()]
         gates = torch.stack([b.gate.tanh() if b.bounded else b.gate for b in branches]).float()
         self._gate_rms = gates.square().mean(dim=1).sqrt()
-        self._log_rates = torch.stack([b.rule.log_rate for b in branches]).float()  # [M, H]
+        log_rates = torch.stack([b.rule.log_rate for b in branches]).float()  # [M, H]
         # where forgetting does not depend on the data it stays at this
-        self._buffers.fill("forgetting", self._log_rates.exp().mean(dim=1))
-
-    def _keep(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self._seen[name].append(output)
-
-        return hook
-
-    def _keep_branch(
-        self, _: nn.Module, __: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> None:
-        self._seen["branch_residual"].append(kwargs["residual"])
-        self._seen["branch"].append(output)
+        self._buffers.fill("forgetting", log_rates.exp().mean(dim=1))
 
     def end_step(self) -> None:
-        """Called at the end of each step, inside the graph: reduce what was kept, and write it."""
+        """Called at the end of each step, inside the graph: write what was seen."""
         if not self:
             return
-        seen, write = self._seen, self._buffers.write
-        write("branch_norms", l2_norm(torch.cat([*seen["read_out"], *seen["branch"]], dim=1)))
-        write("branch_residual_norm", l2_norm(torch.cat(seen["branch_residual"], dim=1)))
-        # write gates and forgetting rates, [B, M, H], averaged over the heads
-        write("write_gate", torch.cat(seen["write"], dim=1).sigmoid().mean(dim=-1))
-        if seen["forget"]:
-            log_rates = self._log_rates + torch.cat(seen["forget"], dim=1)
-            write("forgetting", log_rates.exp().mean(dim=-1))
+        write = self._buffers.write
+        projected, borrowed, residual, branch = zip(*self._pieces, strict=True)
+        read_out = torch.cat(projected, dim=1)
+        if borrowed[0] is not None:
+            read_out = read_out + torch.cat(borrowed, dim=1)
+        branches = torch.cat(branch, dim=1).to(read_out.dtype)
+        write("branch_norms", l2_norm(torch.cat([read_out, branches], dim=1)))
+        write("branch_residual_norm", l2_norm(torch.cat(residual, dim=1)))
+        # write gates, and log of what is kept a step, [B, H, M, 1], averaged over the heads
+        gates = torch.cat([one[3] for one in self._inputs], dim=2)
+        write("write_gate", gates.mean(dim=1)[..., 0])
+        if len(self._inputs[0]) > 4:
+            log_alphas = torch.cat([one[4] for one in self._inputs], dim=2)
+            write("forgetting", -log_alphas.mean(dim=1)[..., 0])
         updates = [layer.branch.updates() for layer in self._hybrids.values()]
         write("inner_updates", torch.stack(updates, dim=1))
-        self.drop_seen()
+        self._drop_seen()
 
-    def drop_seen(self) -> None:
-        """Let go of what was kept."""
-        self._seen.clear()
+    def _drop_seen(self) -> None:
+        self._pieces.clear()
+        self._inputs.clear()
 
     def after_step(self, step: int) -> None:
         """Called between steps: looks at the fast weights if it is time to."""

@@ -73,7 +73,7 @@ class Recorder:
         lm = self._lm
         with ExitStack() as scope:
             scope.callback(self._seen.clear)
-            scope.callback(self._memories.drop_seen)
+            scope.enter_context(self._memories.attached())
 
             def on_input(module: nn.Module, hook: Callable[..., None]) -> None:
                 scope.callback(module.register_forward_pre_hook(hook).remove)
@@ -91,7 +91,6 @@ class Recorder:
                 # the layer scales (identities in Moshi) pass on what is really added
                 on_output(base.layer_scale_1, self._keep_output("attention"))
                 on_output(base.layer_scale_2, self._keep_output("ffn"))
-            self._memories.attach(on_output)
             if self._attention is not None:
                 for index in self._attention.layers:
                     on_input(attention_of(self._layers[index]), self._keep_input("query"))

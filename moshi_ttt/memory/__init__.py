@@ -9,14 +9,15 @@ from torch import Tensor
 from moshi_ttt.memory.config import MemoryConfig, resolve_layers
 from moshi_ttt.memory.gated_delta import GatedDelta
 from moshi_ttt.memory.gated_delta.reference import gated_delta_row
-from moshi_ttt.memory.projections import Corrected
+from moshi_ttt.memory.projections import Correction
 from moshi_ttt.memory.reference import ReferenceRow, over_rows
-from moshi_ttt.memory.rule import MemoryRule, MemoryState
+from moshi_ttt.memory.rule import Borrowed, MemoryRule, MemoryState
 from moshi_ttt.memory.ttt import TTTMLP, TTTLinear
 from moshi_ttt.memory.ttt.reference import ttt_row
 
 __all__ = [
-    "Corrected",
+    "Borrowed",
+    "Correction",
     "GatedDelta",
     "MemoryConfig",
     "MemoryRule",

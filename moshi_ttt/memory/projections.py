@@ -1,14 +1,15 @@
-"""Projections that borrow a frozen linear of the layer and learn a low-rank correction to it."""
+"""What a memory learns where it borrows the projections of its layer's attention."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
-class Corrected(nn.Module):
-    """Somebody else's linear map plus `up(down(x))`, which starts at 0.
+class Correction(nn.Module):
+    """A low-rank correction, `up(down(x))`, to what a frozen linear map gives; starts at 0.
 
-    The borrowed map is no submodule: its owner keeps its weights, and what it gave is handed in,
+    The map is no submodule: its owner keeps its weights, and whoever uses both adds what it gave,
     so that no weight is read twice.
     """
 
@@ -19,11 +20,11 @@ class Corrected(nn.Module):
         nn.init.normal_(self.down.weight, std=inputs**-0.5)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, x: Tensor, borrowed: Tensor) -> Tensor:
-        """The corrected projection [..., outputs].
+    def forward(self, x: Tensor) -> Tensor:
+        """What is to be added for x [..., inputs], [..., outputs]."""
+        correction: Tensor = self.up(self.down(x))
+        return correction
 
-        Args:
-            x: what was projected, [..., inputs].
-            borrowed: what the other map made of it, [..., outputs].
-        """
-        return borrowed + self.up(self.down(x))
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Those of `down` and `up` in another type."""
+        return self.down.weight.to(dtype), self.up.weight.to(dtype)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moshi_ttt.compiling import fused
 from moshi_ttt.memory.config import MemoryConfig
-from moshi_ttt.memory.projections import Corrected
+from moshi_ttt.memory.projections import Correction
 
 MemoryState = dict[str, Tensor]
 """Tensors by name, batch first, in fp32 (fp64 in a double module); `updates` is int64 [B]."""
+Borrowed = Callable[[], Tensor]
+"""Gives what attention's projection made of the same input, [B, T, 3 x H x dh].
+
+Asked for as late as can be: a step does not wait for it before it must.
+"""
 
 
 class MemoryRule(nn.Module, ABC):
@@ -38,7 +44,7 @@ class MemoryRule(nn.Module, ABC):
         self.heads, self.head_dim = config.heads, config.head_dim
         self.qkv: nn.Module
         if config.projections == "shared":
-            self.qkv = Corrected(dim, 3 * self.width, config.rank)
+            self.qkv = Correction(dim, 3 * self.width, config.rank)
         else:
             self.qkv = nn.Linear(dim, 3 * self.width, bias=False)
             nn.init.normal_(self.qkv.weight, std=dim**-0.5)
@@ -49,6 +55,9 @@ class MemoryRule(nn.Module, ABC):
         share = (torch.arange(self.heads) + 0.5) / self.heads
         # log of the rate of forgetting a step, i.e. minus the log of the forgetting time [H]
         self.log_rate = nn.Parameter(-(shortest + (longest - shortest) * share))
+        self.observer: Callable[[Sequence[Tensor]], None] | None = None
+        """Called with what `_project` gave; inside a CUDA graph only when it is captured."""
+        self._prepared: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def width(self) -> int:
@@ -88,7 +97,7 @@ class MemoryRule(nn.Module, ABC):
         """
 
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, shared_qkv: Tensor | None = None
+        self, x: Tensor, state: MemoryState | None = None, shared_qkv: Borrowed | None = None
     ) -> tuple[Tensor, MemoryState]:
         """Read and write T steps.
 
@@ -98,22 +107,90 @@ class MemoryRule(nn.Module, ABC):
         Args:
             x: input, [B, T, D], any floating type.
             state: what `init_state` or an earlier call returned; None starts afresh.
-            shared_qkv: what attention's projection made of x, [B, T, 3 x H x dh], if it is shared.
+            shared_qkv: attention's projection, if it is shared.
 
         Returns:
             The read-out [B, T, H x dh] in the state's type, and the state after T steps.
         """
         mixed = torch.is_autocast_enabled(x.device.type)
-        inputs = self._project(x.to(self.write.weight.dtype), shared_qkv)
+        inputs = self._inputs(x, shared_qkv)
         with torch.autocast(x.device.type, enabled=False):
             y, state = self._walk(inputs, state, mixed)
         return y.transpose(1, 2).flatten(2), state
 
-    def _project(self, x: Tensor, shared_qkv: Tensor | None) -> tuple[Tensor, ...]:
-        """Unit queries and keys, values [B, H, T, dh] and write gates [B, H, T, 1]."""
-        qkv = self.qkv(x) if shared_qkv is None else self.qkv(x, shared_qkv.to(x.dtype))
-        q, k, v = _heads_of(qkv, self.heads, self.dtype)
-        return q, k, v, self._per_head(_sigmoid(self.write(x), self.dtype))
+    @torch.no_grad()
+    def stream(
+        self, x: Tensor, state: MemoryState, rows: Tensor, shared_qkv: Borrowed | None = None
+    ) -> Tensor:
+        """Read and write T steps, and leave the new state in `state`, without gradients.
+
+        Args:
+            x: input, [B, T, D].
+            state: changed in place, in those rows that are true.
+            rows: [B].
+            shared_qkv: as in `forward`.
+
+        Returns:
+            The read-out [B, T, H x dh].
+        """
+        mixed = torch.is_autocast_enabled(x.device.type)
+        inputs = self._inputs(x, shared_qkv)
+        with torch.autocast(x.device.type, enabled=False):
+            y = self._stream(inputs, state, rows, mixed)
+        return y.transpose(1, 2).flatten(2)
+
+    def _stream(
+        self, inputs: Sequence[Tensor], state: MemoryState, rows: Tensor, mixed: bool
+    ) -> Tensor:
+        y, after = self._walk(inputs, state, mixed)
+        for name, tensor in state.items():
+            overwrite(tensor, rows, after[name])
+        return y
+
+    def _inputs(self, x: Tensor, shared_qkv: Borrowed | None) -> tuple[Tensor, ...]:
+        inputs = self._project(x, shared_qkv)
+        if self.observer is not None:
+            self.observer(inputs)
+        return inputs
+
+    def _project(self, x: Tensor, shared_qkv: Borrowed | None) -> tuple[Tensor, ...]:
+        """Unit queries and keys, values [B, H, T, dh], write gates [B, H, T, 1], and more."""
+        # halves are what a model is stored in; other inputs are as the parameters are
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        x = x if half else x.to(self.write.weight.dtype)
+        narrow, up = self._prepared or self._weights(x.dtype)
+        parts = F.linear(x, narrow).split(self._widths, dim=-1)
+        gates = self._gates(*parts[: len(self._gate_maps())])
+        qkv = self.qkv(x.to(self.write.weight.dtype)) if up is None else F.linear(parts[-1], up)
+        borrowed = None if shared_qkv is None else shared_qkv()
+        return *_heads_of(qkv, borrowed, self.heads, self.dtype), *gates
+
+    def prepare(self, dtype: torch.dtype | None) -> None:
+        """Keep weights as a stream of inputs of this type needs them; None lets go of them."""
+        self._prepared = None if dtype is None else self._weights(dtype)
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Maps to a few channels, one above the other, and the second half of a correction."""
+        # each alone would leave most of a GPU idle
+        narrow = [gate.weight for gate in self._gate_maps()]
+        up = None
+        if isinstance(self.qkv, Correction):
+            narrow.append(self.qkv.down.weight)
+            up = self.qkv.up.weight.to(dtype)
+        return torch.cat(narrow).to(dtype), up
+
+    @property
+    def _widths(self) -> list[int]:
+        gates = [self.heads] * len(self._gate_maps())
+        return [*gates, self.qkv.down.out_features] if isinstance(self.qkv, Correction) else gates
+
+    def _gate_maps(self) -> list[nn.Linear]:
+        """Linear maps from the input to one channel a head."""
+        return [self.write]
+
+    def _gates(self, *projected: Tensor) -> tuple[Tensor, ...]:
+        """What the rule makes of `_gate_maps`, [B, T, H] each and without biases, [B, H, T, 1]."""
+        return (self._per_head(_sigmoid(projected[0], self.write.bias, self.dtype)),)
 
     @staticmethod
     def _per_head(projected: Tensor) -> Tensor:
@@ -122,15 +199,27 @@ class MemoryRule(nn.Module, ABC):
 
 
 @fused
-def _heads_of(qkv: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit queries and keys, and values, [B, H, T, dh], of [B, T, 3 x H x dh]."""
-    q, k, v = qkv.to(dtype).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+def overwrite(buffer: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write `values` [B, ...] or [1, ...] into the rows [B] of a buffer that are true."""
+    mask = rows.view(-1, *[1] * (buffer.dim() - 1))
+    buffer.copy_(torch.where(mask, values, buffer))
+
+
+@fused
+def _heads_of(
+    qkv: Tensor, borrowed: Tensor | None, heads: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit queries and keys, and values, [B, H, T, dh], of the sum of [B, T, 3 x H x dh]."""
+    qkv = qkv.to(dtype)
+    if borrowed is not None:
+        qkv = qkv + borrowed.to(dtype)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return _unit(q), _unit(k), v
 
 
 @fused
-def _sigmoid(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).sigmoid()
+def _sigmoid(x: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x.to(dtype) + bias).sigmoid()
 
 
 def _unit(x: Tensor) -> Tensor:

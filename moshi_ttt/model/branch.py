@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from operator import getitem
 from typing import NamedTuple, cast
 
 import torch
@@ -15,12 +17,14 @@ from torch.nn import functional as F
 
 from moshi_ttt.compiling import fused
 from moshi_ttt.memory import (
-    Corrected,
+    Borrowed,
+    Correction,
     MemoryConfig,
     MemoryRule,
     MemoryState,
     build_rule,
 )
+from moshi_ttt.memory.rule import overwrite
 
 
 class BranchStats(NamedTuple):
@@ -32,7 +36,12 @@ class BranchStats(NamedTuple):
     raw_norm: Tensor  # [B, T] L2 norm before the gate
     norm: Tensor  # [B, T] L2 norm of what is added to the residual
     residual_norm: Tensor  # [B, T] L2 norm of the residual
-    gate_rms: Tensor  # [] root mean square of the gate over channels
+    gate: Tensor  # [D] as it multiplies: bounded, if the read-out is
+
+    @property
+    def gate_rms(self) -> Tensor:
+        """Root mean square of the gate over channels, []."""
+        return torch.linalg.vector_norm(self.gate) * len(self.gate) ** -0.5
 
     @property
     def ratio(self) -> Tensor:
@@ -45,10 +54,19 @@ class BranchStats(NamedTuple):
         return self.raw_norm / self.residual_norm
 
 
+class Pieces(NamedTuple):
+    """What a branch is made of, [B, T, D] each."""
+
+    projected: Tensor  # what the rule read, projected
+    borrowed: Tensor | None  # to be added to it: attention's projection of the same, if shared
+    residual: Tensor
+    branch: Tensor
+
+
 class Shared(NamedTuple):
     """What a memory borrows from the attention of its layer."""
 
-    qkv: Tensor  # [B, T, 3 D] attention's projections of the normed input, before the rotation
+    qkv: Borrowed  # attention's projections of the normed input, before the rotation
     out_proj: nn.Module  # [..., D] to [..., D]
 
 
@@ -63,13 +81,14 @@ class MemorySwaps:
     last: MemoryState | None = None
     """The memory after the last forward, to be read."""
 
-    def read(self, rule: MemoryRule, x: Tensor, shared_qkv: Tensor | None) -> Tensor:
+    def read(self, rule: MemoryRule, x: Tensor, shared_qkv: Borrowed | None) -> Tensor:
         """What `rule` reads for x [B, T, D], piece by piece."""
+        whole = None if shared_qkv is None else shared_qkv()
         edges = [0, *(step for step in self.steps if 0 < step < x.shape[1]), x.shape[1]]
         outputs, memory = [], None
         for first, stop in pairwise(edges):
             piece = slice(first, stop)
-            qkv = None if shared_qkv is None else shared_qkv[:, piece]
+            qkv = None if whole is None else partial(getitem, whole, (slice(None), piece))
             y, self.last = rule(x[:, piece], memory, qkv)
             outputs.append(y)
             memory = self._given(len(x))
@@ -86,17 +105,11 @@ class _BranchState(State):
     memory: MemoryState  # buffers at fixed addresses, so that a CUDA graph sees them change
     start: MemoryState  # of one row; not the rule, or a saved state would hold its slow weights
 
-    def commit(self, memory: MemoryState) -> None:
-        self._write(self.exec_mask, memory)
-
+    @torch.no_grad()
     def reset(self, reset_mask: Tensor) -> None:
         super().reset(reset_mask)
-        self._write(reset_mask, self.start)
-
-    @torch.no_grad()
-    def _write(self, rows: Tensor, memory: MemoryState) -> None:
         for name, buffer in self.memory.items():
-            _overwrite(buffer, rows, memory[name])
+            overwrite(buffer, reset_mask, self.start[name])
 
 
 class MemoryBranch(StreamingModule[_BranchState]):
@@ -121,19 +134,30 @@ class MemoryBranch(StreamingModule[_BranchState]):
         self.rule = build_rule(config, dim)
         self.out_proj: nn.Module
         if config.projections == "shared":
-            self.out_proj = Corrected(self.rule.width, dim, config.rank)
+            self.out_proj = Correction(self.rule.width, dim, config.rank)
         else:
             self.out_proj = nn.Linear(self.rule.width, dim, bias=False)
             nn.init.normal_(self.out_proj.weight, std=self.rule.width**-0.5)
         self.gate = nn.Parameter(torch.full((dim,), config.gate_init))
         self.observer: Callable[[BranchStats], None] | None = None
         """Called in every forward; inside a CUDA graph only when it is captured."""
+        self.keeper: Callable[[Pieces], None] | None = None
+        """The same before anything is reduced: for who reduces all layers at once."""
         self.recomputed = False
         """Whether activation checkpointing runs the forward twice, observed or not."""
+        self._prepared: tuple[Tensor, Tensor] | None = None
         self.swaps: MemorySwaps | None = None
         """What replaces the memory in the middle of a parallel forward."""
 
+    def _prepare(self, dtype: torch.dtype) -> None:
+        """Turn the small weights into what a stream needs, once and not at every step."""
+        self.rule.prepare(dtype)
+        if isinstance(self.out_proj, Correction):
+            self._prepared = self.out_proj.weights(dtype)
+
     def _init_streaming_state(self, batch_size: int) -> _BranchState:
+        self.rule.prepare(None)
+        self._prepared = None
         memory, start = self._initial(batch_size), self._initial(1)
         return _BranchState(batch_size, self.gate.device, memory, start)
 
@@ -167,7 +191,7 @@ class MemoryBranch(StreamingModule[_BranchState]):
             shared: attention's projections, if they are shared.
 
         Returns:
-            [B, T, D], fp32 or wider.
+            [B, T, D], in the type of `residual`.
         """
         state, qkv = self._streaming_state, None if shared is None else shared.qkv
         if state is None and self.swaps is not None:
@@ -175,36 +199,45 @@ class MemoryBranch(StreamingModule[_BranchState]):
         elif state is None:
             y, _ = self.rule(x, shared_qkv=qkv)
         else:
-            y, memory = self.rule(x, state.memory, qkv)
-            state.commit(memory)
-        y = y.to(self.gate.dtype)
+            if self._prepared is None:
+                self._prepare(x.dtype)
+            y = self.rule.stream(x, state.memory, state.exec_mask, qkv)
+        borrowed = None
         if shared is None:
-            z = self.out_proj(y)
+            z = self.out_proj(y.to(self.gate.dtype))
         else:
-            borrowed = shared.out_proj(y.to(cast(Tensor, shared.out_proj.weight).dtype))
-            z = self.out_proj(y, borrowed.to(y.dtype))
+            y = y.to(cast(Tensor, shared.out_proj.weight).dtype)
+            borrowed = shared.out_proj(y)
+            down, up = self._prepared or cast(Correction, self.out_proj).weights(y.dtype)
+            z = F.linear(F.linear(y, down), up)
         # under grad also without an observer, where activation checkpointing runs the forward again
         # in backward, when the observer is gone, and needs the same graph
         observed = self.observer is not None or (self.recomputed and torch.is_grad_enabled())
-        branch, stats = _read_out(z, residual, self.gate, self.rule.dtype, self.bounded, observed)
+        branch, stats = _read_out(
+            z, borrowed, residual, self.gate, self.rule.dtype, self.bounded, observed
+        )
         if stats is not None and self.observer is not None:
             self.observer(BranchStats(*stats))
+        if self.keeper is not None:
+            self.keeper(Pieces(z, borrowed, residual, branch))
         return branch
 
 
 @fused
-def _overwrite(buffer: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Write `values` [B, ...] or [1, ...] into the rows [B] of a buffer that are true."""
-    mask = rows.view(-1, *[1] * (buffer.dim() - 1))
-    buffer.copy_(torch.where(mask, values, buffer))
-
-
-@fused
 def _read_out(
-    z: Tensor, residual: Tensor, gate: Tensor, dtype: torch.dtype, bounded: bool, observed: bool
+    z: Tensor,
+    borrowed: Tensor | None,
+    residual: Tensor,
+    gate: Tensor,
+    dtype: torch.dtype,
+    bounded: bool,
+    observed: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
-    """The branch for what the rule read, z [B, T, D], and the norms of `BranchStats`."""
+    """The branch for what the rule read and projected, [B, T, D], and the `BranchStats`."""
+    given = residual.dtype
     z, residual, gate = z.to(dtype), residual.to(dtype), gate.to(dtype)
+    if borrowed is not None:
+        z = z + borrowed.to(dtype)
     # unlike sqrt, the gradient of a norm at 0 is 0, not NaN
     norm = torch.linalg.vector_norm
     if bounded or observed:
@@ -215,6 +248,6 @@ def _read_out(
         z = F.rms_norm(z, z.shape[-1:], eps=1.0) * rms
     branch = gate * z
     if not observed:
-        return branch, None
-    gate_rms = norm(gate) * len(gate) ** -0.5
-    return branch, (norm(z, dim=-1), norm(branch, dim=-1), residual_norm.squeeze(-1), gate_rms)
+        return branch.to(given), None
+    stats = norm(z, dim=-1), norm(branch, dim=-1), residual_norm.squeeze(-1), gate
+    return branch.to(given), stats

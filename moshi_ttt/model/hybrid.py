@@ -63,23 +63,33 @@ class HybridLayer(StreamingContainer):
         """x + attention, and the branch, both of which read `normed`."""
         attention, branches = self.base.self_attn, list[Tensor]()
         # a step is many kernels too small for a GPU: those of memory and attention go side by side
-        alone = not (x.is_cuda and self.branch.is_streaming)
-        beside = nullcontext() if alone else torch.cuda.stream(_second_stream(x.device))
+        second = None
+        if x.is_cuda and self.branch.is_streaming:
+            second = _second_stream(x.device)
+            second.wait_stream(torch.cuda.current_stream(x.device))
 
-        def remember(shared: Shared | None = None) -> None:
-            if not alone:
-                _second_stream(x.device).wait_stream(torch.cuda.current_stream(x.device))
-            with beside:
+        def remember(qkv: Tensor | None = None) -> None:
+            projected = None if second is None else torch.cuda.current_stream().record_event()
+
+            def share() -> Tensor:
+                assert qkv is not None
+                if projected is not None:
+                    projected.wait(second)
+                return qkv
+
+            shared = None if qkv is None else Shared(share, attention.out_projs[0])
+            with torch.cuda.stream(second):
                 branches.append(self.branch(normed, residual=x, shared=shared))
 
         if self.shares:
             # attention's input is the memory's: both use what this projection makes of it
-            def share(_: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> None:
-                shared.append(Shared(qkv, attention.out_projs[0]))
-                remember(shared[0])
+            kept = list[Tensor]()  # until both are through with it
 
-            shared = list[Shared]()  # kept until both are through with it
-            handle = attention.in_projs[0].register_forward_hook(share)
+            def after_projection(_: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> None:
+                kept.append(qkv)
+                remember(qkv)
+
+            handle = attention.in_projs[0].register_forward_hook(after_projection)
             try:
                 h = self._attended(x, normed)
             finally:
@@ -87,8 +97,8 @@ class HybridLayer(StreamingContainer):
         else:
             remember()
             h = self._attended(x, normed)
-        if not alone:
-            torch.cuda.current_stream(x.device).wait_stream(_second_stream(x.device))
+        if second is not None:
+            torch.cuda.current_stream(x.device).wait_stream(second)
         return h, branches[0]
 
     def _attended(self, x: Tensor, normed: Tensor) -> Tensor:

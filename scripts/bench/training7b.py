@@ -22,6 +22,7 @@ import torch
 from jsonargparse import ArgumentParser
 from moshi.models import loaders
 from moshi.models.lm import LMModel
+from moshi.utils.compile import no_compile
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -158,9 +159,11 @@ def measure(name: str, row: Row, rate: float, with_operators: bool) -> str:
     step = optimizer_step(lm, row)
     for _ in range(2):
         step()
-    torch.cuda.reset_peak_memory_stats()
-    with FlopCounterMode(display=False) as counter:
+    # what is compiled is not counted, and would never be compiled again
+    with no_compile(), FlopCounterMode(display=False) as counter:
         step()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     floor_ms = 1000 * counter.get_total_flops() / rate
     step_ms = milliseconds(step, repeats=5)
     peak_gib = torch.cuda.max_memory_allocated() / 2**30
@@ -177,6 +180,7 @@ def measure(name: str, row: Row, rate: float, with_operators: bool) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Print the table."""
     options = parse(_parser(), args)
+    torch.set_float32_matmul_precision("high")  # as train/fit.py has it in mixed precision
     rate = ceiling()
     print(torch.cuda.get_device_name(), f"torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s")
     for name in options.rows or ROWS:

@@ -44,9 +44,21 @@ class GatedDelta(MemoryRule):
             "updates": torch.zeros(batch_size, dtype=torch.int64, device=self.initial.device),
         }
 
-    def _project(self, x: Tensor, shared_qkv: Tensor | None) -> tuple[Tensor, ...]:
-        log_alpha = _log_alpha(self.forget(x), self.log_rate, self.dtype)
-        return (*super()._project(x, shared_qkv), self._per_head(log_alpha))
+    def _gate_maps(self) -> list[nn.Linear]:
+        return [*super()._gate_maps(), self.forget]
+
+    def _gates(self, *projected: Tensor) -> tuple[Tensor, ...]:
+        write, forget = projected
+        log_alpha = self._per_head(_log_alpha(forget, self.log_rate, self.dtype))
+        return *super()._gates(write), log_alpha
+
+    def _stream(
+        self, inputs: Sequence[Tensor], state: MemoryState, rows: Tensor, mixed: bool
+    ) -> Tensor:
+        if inputs[0].shape[2] > 1:
+            return super()._stream(inputs, state, rows, mixed)
+        y: Tensor = _step_in_place(*inputs, state["memory"], state["updates"], rows)
+        return y
 
     def _walk(
         self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
@@ -73,17 +85,29 @@ def _log_alpha(forget: Tensor, log_rate: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @fused
+def _step_in_place(*tensors: Tensor) -> Tensor:
+    """`one_step` that leaves memory and count in their buffers, in the rows that are true."""
+    q, k, v, beta, log_alpha, memory, updates, rows = tensors
+    y, after = one_step(q, k, v, beta, log_alpha, memory)
+    memory.copy_(torch.where(rows[:, None, None, None], after, memory))
+    updates.add_(rows)
+    return y
+
+
 def one_step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, memory: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The rule as it is written, over a single step: what a generation waits for."""
-    memory = log_alpha.exp() * memory
-    memory = memory + k.mT * (beta * (v - _times(k, memory)))
-    return _times(q, memory), memory
+    """The rule over a single step: what a generation waits for."""
+    # the memory is read once, for key and query, as sums that fuse with what is around them
+    found, read = (_times(row, memory) for row in (k, q))
+    alpha = log_alpha.exp()
+    written = beta * (v - alpha * found)
+    y = alpha * read + (q * k).sum(-1, keepdim=True) * written
+    return y, alpha * memory + k.mT * written
 
 
 def _times(row: Tensor, matrix: Tensor) -> Tensor:
-    """`row @ matrix`, [..., 1, n] and [..., n, m], as sums that fuse with what is around them."""
+    """`row @ matrix`, [..., 1, n] and [..., n, m]."""
     return (row.mT * matrix).sum(-2, keepdim=True)
 
 
@@ -105,19 +129,22 @@ def chunked(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
             q, k, v, beta, log_alpha = (
                 x[:, :, first:last].unflatten(2, (-1, size)) for x in inputs
             )
-            y, memory = _chunks((q, k, v, beta, log_alpha), memory)
+            # compiling pays where all clips are as long: in training
+            form = _chunks_of_a_training if torch.is_grad_enabled() else _chunks
+            y, memory = form(q, k, v, beta, log_alpha, memory)
             outputs.append(y.flatten(2, 3))
     return torch.cat(outputs, dim=2), memory
 
 
-def _chunks(chunks: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, memory: Tensor
+) -> tuple[Tensor, Tensor]:
     """The rule over chunks of one length, [B, H, N, n, ...]."""
     # with g_t = alpha_1 ... alpha_t, unrolling the rule over a chunk gives
     #   S_t = g_t S_0 + sum over s <= t of (g_t / g_s) k_s w_s'
     #   w_t = beta_t (v_t - g_t S_0'k_t - sum over s < t of (g_t / g_s) (k_t.k_s) w_s)
     # i.e. one unit triangular system for all w of the chunk, linear in S_0: w = u - r S_0. So that
     # all but two products with S_0 is done for every chunk at once (the paper's section 3.3)
-    q, k, v, beta, log_alpha = chunks
     log_decay = log_alpha.cumsum(-2)  # log g, [B, H, N, n, 1]
     # the differences above the diagonal are positive and could overflow: cut before exp too
     between = (log_decay - log_decay.mT).tril().exp().tril()  # g_t / g_s, [B, H, N, n, n]
@@ -139,3 +166,6 @@ def _chunks(chunks: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
         memory = decay_i * memory + to_end_i.mT @ written[-1]
     y = (decay * q) @ torch.stack(before, 2)
     return y + (between * (q @ k.mT)) @ torch.stack(written, 2), memory
+
+
+_chunks_of_a_training = fused(_chunks)
