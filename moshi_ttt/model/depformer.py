@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+_ROWS_TOGETHER = 16
+
 
 def depformer_logits(lm: LMModel, sequence: Tensor, transformer_out: Tensor) -> list[Tensor]:
     """What `lm.forward_depformer_training` gives.
@@ -79,9 +81,34 @@ def _layer(layer: Any, order: Iterable[int], x: Tensor) -> Tensor:
         .unflatten(-1, (3, attention.num_heads, -1))
         .permute(2, 1, 3, 0, 4)
     )  # [N, heads, codebooks, channels]
-    mask = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).tril()
-    y = F.scaled_dot_product_attention(q, k, v, mask)
+    y = among_codebooks(q, k, v, together=_ROWS_TOGETHER if x.is_cuda else 1)
     update = each(attention.out_projs, y.permute(2, 0, 1, 3).flatten(2))
     x = x.to(update) + layer.layer_scale_1(update)
     update = each(layer.gating, layer.norm2(x))
     return x.to(update) + layer.layer_scale_2(update)
+
+
+def among_codebooks(q: Tensor, k: Tensor, v: Tensor, together: int) -> Tensor:
+    """Attention of each codebook to itself and those before it in its step.
+
+    Args:
+        q: queries, [N, heads, codebooks, channels], a row for each step.
+        k: keys, likewise.
+        v: values, likewise.
+        together: rows that one problem holds, side by side and blind for one another. A GPU works
+            in tiles of 128 by 128, most of which a single row would leave empty.
+
+    Returns:
+        [N, heads, codebooks, channels].
+    """
+    rows, _, codebooks, _ = q.shape
+    mask = torch.ones(codebooks, codebooks, dtype=torch.bool, device=q.device).tril()
+    mask = torch.block_diag(*[mask] * together)
+
+    def packed(x: Tensor) -> Tensor:
+        if rows % together:
+            x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -rows % together))
+        return x.unflatten(0, (-1, together)).transpose(1, 2).flatten(2, 3)
+
+    y = F.scaled_dot_product_attention(packed(q), packed(k), packed(v), mask)
+    return y.unflatten(2, (together, codebooks)).transpose(1, 2).flatten(0, 1)[:rows]

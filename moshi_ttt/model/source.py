@@ -23,6 +23,7 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.compiling import compile_on_gpu_only
 from moshi_ttt.errors import SettingError, UserError
 from moshi_ttt.model.attention import parallel_attention
+from moshi_ttt.model.gating import fuse_gating
 from moshi_ttt.model.hub import downloaded, hub_info
 from moshi_ttt.model.inspection import (
     check_config,
@@ -136,6 +137,7 @@ class ModelSource:
                 lm = self._info.get_moshi(device=device, dtype=dtype, lm_kwargs_overrides=overrides)
                 self._check_finite(lm, self._info.moshi_weights)
         parallel_attention(lm)
+        fuse_gating(lm)
         return lm
 
     def codec(self, device: torch.device | str = "cpu") -> MimiModel:

@@ -11,7 +11,7 @@ from lm_fakes import random_codes
 from moshi.models.lm import LMModel
 from torch import Tensor
 
-from moshi_ttt.model.depformer import depformer_logits
+from moshi_ttt.model.depformer import among_codebooks, depformer_logits
 from moshi_ttt.model.lora import LoraConfig, add_lora
 
 MakeLM = Callable[..., LMModel]
@@ -67,3 +67,16 @@ def test_adapters_are_alive_in_it(make_lm: MakeLM) -> None:
     expected = lm.forward_depformer_training(codes, out)
     got = torch.stack(depformer_logits(lm, codes, out), 1)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 33])
+def test_rows_that_are_attended_together_do_not_see_one_another(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    shape = 3, rows, 2, 8, 4
+    q, k, v = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    found = []
+    for together in (1, 16):
+        y = among_codebooks(q, k, v, together)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
