@@ -190,6 +190,7 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"{name:20} does not fit", flush=True)
         gc.collect()  # moshi's streaming modules hold themselves in reference cycles
         torch.cuda.empty_cache()
+        torch.compiler.reset()  # each is compiled for its own shapes
 
 
 def _parser() -> ArgumentParser:
