@@ -40,6 +40,7 @@ from train.resume import check_is_ours
 from train.run_folder import BEST, LAST, find_checkpoint, folder_of, locked
 from train.stopping import StopOnSignal, Stopped
 from train.trainer_settings import check_trainer, trainer_errors
+from train.windows import RandomWindows
 
 # the docstring under each config field is its help text
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -76,6 +77,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(LongGeneration, "long_generation")
         parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(FiniteUpdates, "finite")
+        parser.add_lightning_class_args(RandomWindows, "windows")
         parser.link_arguments("model.source", "data.source")
         # what people look for is ours, and Lightning's trainer has many more
         parser._action_groups = sorted(parser._action_groups, key=_is_of_trainer)

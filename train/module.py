@@ -28,10 +28,11 @@ from moshi_ttt.model.hybrid import observe_branches
 from moshi_ttt.model.lora import LoraConfig
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.model.weights import check_start, start_from
+from moshi_ttt.teacher_forcing.distillation import DistillationConfig, base_output, divergence
 from moshi_ttt.teacher_forcing.losses import LossConfig, magnitude_penalty, read_clips
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from train.optim import OptimConfig, adamw, apply_settings
-from train.resume import check_resumes
+from train.resume import check_resumes, random_states, set_random_states
 
 # the output gate starts at zero and shields the memory behind it until its first update
 GRADIENT_CHECK_STEPS = 3
@@ -56,6 +57,7 @@ class MoshiTTT(LightningModule):
         memory: The test-time-training memory.
         lora: Low-rank adapters, where `train` asks for them.
         loss: Weights of the loss terms.
+        distillation: What the base itself teaches, read with another window.
         optim: Optimiser and learning rates.
     """
 
@@ -73,6 +75,7 @@ class MoshiTTT(LightningModule):
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
         lora: LoraConfig = LoraConfig(),  # noqa: B008
         loss: LossConfig = LossConfig(),  # noqa: B008
+        distillation: DistillationConfig = DistillationConfig(),  # noqa: B008
         optim: OptimConfig = OptimConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
@@ -85,7 +88,10 @@ class MoshiTTT(LightningModule):
                 memory=memory,
                 lora=lora,
             )
+        with settings_at("model.distillation"):
+            distillation.check_fits(train)
         self.loss_config = loss
+        self.distillation = distillation
         self.optim_config = optim
         self.gradient_checkpointing = gradient_checkpointing
         self.init_from = init_from
@@ -147,16 +153,22 @@ class MoshiTTT(LightningModule):
         """Loss of one batch of clips; `codes` [B, K, T]."""
         codes: Tensor = batch["codes"]
         heard, config, logs = batch.get("heard"), self.loss_config, self._logs_this_step
+        predicted = None if heard is None else config.predicted(heard, self.global_step)
+        teacher = None
+        if self.distillation.weight:
+            teacher = base_output(self.lm, codes, self.distillation, heard, predicted)
         scope: AbstractContextManager[dict[int, list[BranchStats]]] = nullcontext({})
         if logs or config.magnitude_reg:
             scope = observe_branches(self.lm)
         with scope as stats:
-            predicted = None if heard is None else config.predicted(heard, self.global_step)
-            _, text_loss, audio_loss = read_clips(self.lm, codes, config, heard, predicted)
+            output, text_loss, audio_loss = read_clips(self.lm, codes, config, heard, predicted)
         loss = config.likelihood(text_loss, audio_loss)
         values = {"train/text_loss": text_loss, "train/audio_loss": audio_loss}
         if predicted is not None and not any(predicted):  # left out, it would stay what it was
             values["train/audio_loss"] = torch.full_like(audio_loss, torch.nan)
+        if teacher is not None:
+            values["train/divergence"] = divergence(output, teacher, self.distillation.streams)
+            loss = loss + self.distillation.weight * values["train/divergence"]
         if stats:
             penalty = magnitude_penalty(stats, config)
             if config.magnitude_reg:
@@ -259,13 +271,7 @@ class MoshiTTT(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains and the random states; the frozen base is not copied."""
         checkpoint["state_dict"] = {f"lm.{n}": p for n, p in self.trained_weights().items()}
-        own = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state(self.device)
-        states = [own] * self.trainer.world_size
-        if len(states) > 1:  # every process draws its own dropout
-            torch.distributed.all_gather_object(states, own)
-        checkpoint["rng"] = states
+        checkpoint["rng"] = random_states(self.device, self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, and go on with its random states."""
@@ -277,10 +283,7 @@ class MoshiTTT(LightningModule):
         trainer: Any = self.trainer
         optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
         apply_settings(optimizer, schedule, adamw(self._groups, self.optim_config, fused=False))
-        if self._rng:
-            torch.set_rng_state(self._rng["cpu"].cpu())
-        if "cuda" in self._rng and self.device.type == "cuda":
-            torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
+        set_random_states(self._rng, self.device)
         self._rng = {}
 
 

@@ -68,3 +68,22 @@ def check_resumes(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     check_finite(
         [*theirs.items(), *states], "the checkpoint cannot be resumed from; take an earlier one"
     )
+
+
+def random_states(device: torch.device, world_size: int) -> list[dict[str, Tensor]]:
+    """Where the random numbers of every process stand: each draws its own dropout."""
+    own = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device)
+    states = [own] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(states, own)
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on with one of `random_states`; an empty one changes nothing."""
+    if states:
+        torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

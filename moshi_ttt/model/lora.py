@@ -10,6 +10,8 @@ Two places in moshi look at the type of a Linear, and a PEFT layer is not an `nn
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -124,6 +126,19 @@ def add_lora(lm: LMModel, config: LoraConfig) -> list[str]:
         layer.lora_A.float()
         layer.lora_B.float()
     return list(adapted)
+
+
+@contextmanager
+def adapters_off(lm: LMModel) -> Iterator[None]:
+    """Run without adapters inside the scope; a model without any is as it is."""
+    layers = [one for one in lm.modules() if callable(getattr(one, "enable_adapters", None))]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)  # type: ignore[operator]
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)  # type: ignore[operator]
 
 
 def _matches(pattern: str, name: str, module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from run_fakes import scalars, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moshi_ttt.errors import UserError
@@ -22,20 +23,9 @@ from train.module import MoshiTTT
 from train.recipes import CONFIGS
 
 
-def scalars(run_folder: Path, tag: str) -> list[float]:
-    events = EventAccumulator(str(run_folder))
-    events.Reload()
-    return [event.value for event in events.Scalars(tag)]
-
-
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two safetensors files hold the same, which then are the same bytes."""
     return one.read_bytes() == other.read_bytes()
-
-
-def trained(run_folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(run_folder / "checkpoints/last.ckpt", weights_only=True)
-    return checkpoint["state_dict"]
 
 
 def test_a_run_leaves_a_folder_that_evaluation_can_read(small: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""The base as a teacher of what was added to it: the same weights, another window, one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from moshi.models.lm import LMModel, LMOutput
+from torch import Tensor
+from torch.nn import functional as F
+
+from moshi_ttt.errors import check_fields, check_setting
+from moshi_ttt.model.build import TRAIN_BASE, Trained
+from moshi_ttt.model.forward import forward
+from moshi_ttt.model.hybrid import gates_forced_to_zero
+from moshi_ttt.model.lora import adapters_off
+from moshi_ttt.model.window import window
+
+Stream = Literal["text", "audio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """What training learns from the base itself, read without memory and adapters."""
+
+    weight: float = 0.0
+    """Weight of the divergence from the base, nats a token; 0 switches it off, and saves the
+    second forward."""
+    streams: tuple[Stream, ...] = ("text", "audio")
+    """Whose predictions are compared: `text`, `audio` (Moshi's own codebooks, of the clips whose
+    audio is predicted) or both. A base that does not see the answers either should teach only
+    what it knows better: `[audio]`."""
+    window_steps: int | None = None
+    """Attention window of the base meanwhile, steps of 80 ms; null lets it see the whole clip."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "weight", least=0)
+        check_fields(self, "window_steps", least=2, remedy="null lets the base see the whole clip")
+        check_setting(
+            len(self.streams) > 0 and set(self.streams) <= set(get_args(Stream)),
+            "streams",
+            list(self.streams),
+            f"must name one or more of {', '.join(get_args(Stream))}",
+        )
+
+    def check_fits(self, train: Trained) -> None:
+        """Hold it against what learns.
+
+        Raises:
+            UserError: the base itself does.
+        """
+        check_setting(
+            not self.weight or train not in TRAIN_BASE,
+            "weight",
+            f"{self.weight:g}",
+            f"needs a frozen base to learn from, and with model.train={train} it learns itself; "
+            "use memory, lora or memory+lora, or 0",
+        )
+
+
+@torch.no_grad()
+def base_output(
+    lm: LMModel,
+    codes: Tensor,
+    config: DistillationConfig,
+    heard: Sequence[bool] | None = None,
+    predicted: Sequence[bool] | None = None,
+) -> LMOutput:
+    """What the frozen base says of clips [B, 17, T].
+
+    Call it before the forward that trains: shutting the gates writes to them.
+
+    Args:
+        lm: with a memory, adapters or both upon a frozen base.
+        codes: the clips.
+        config: window and streams.
+        heard: as for `forward`.
+        predicted: as for `forward`.
+    """
+    if "audio" not in config.streams:
+        predicted = [False] * len(codes)
+    with ExitStack() as scope:
+        scope.enter_context(window(lm, config.window_steps))
+        scope.enter_context(gates_forced_to_zero(lm))
+        scope.enter_context(adapters_off(lm))
+        return forward(lm, codes, heard, predicted=predicted)
+
+
+def divergence(student: LMOutput, teacher: LMOutput, streams: Sequence[Stream]) -> Tensor:
+    """KL(teacher, student), nats a token: the sum of the streams' means over known positions.
+
+    Args:
+        student: of the forward that trains.
+        teacher: of `base_output` on the same clips.
+        streams: those compared.
+    """
+    found = []
+    if "text" in streams:
+        found.append(_divergence(student.text_logits, teacher.text_logits, student.text_mask))
+    if "audio" in streams:
+        found.append(_divergence(student.logits, teacher.logits, student.mask))
+    return torch.stack(found).sum()
+
+
+def _divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    # both are NaN where nothing is known
+    said, taught = (
+        one.masked_fill(~mask[..., None], 0).float().log_softmax(dim=-1)
+        for one in (student, teacher)
+    )
+    each = F.kl_div(said, taught, reduction="none", log_target=True).sum(dim=-1)
+    return (each * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,79 @@
+"""Windows that differ from batch to batch, and a base that teaches, in a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_fakes import scalars, trained
+
+from moshi_ttt.errors import UserError
+from moshi_ttt.model.weights import load_trained
+from train.fit import main
+from train.module import MoshiTTT
+from train.windows import RandomWindows
+
+
+def test_windows_are_drawn_between_the_two_and_only_for_training(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, validate = [], MoshiTTT.validation_step
+
+    def watched(model: MoshiTTT, *batch: Any) -> None:
+        seen.append(model.lm.context)
+        validate(model, *batch)
+
+    monkeypatch.setattr(MoshiTTT, "validation_step", watched)
+    args = [*small, "--windows.shortest_steps=3", "--windows.longest_steps=24"]
+    folder = main([*args, f"--run_dir={tmp_path}", "--checkpoint.every_n_steps=3"])
+    found = scalars(folder, "train/window_steps")
+    windows = RandomWindows(3, 24)
+    assert found == [windows.draw(step, step % 4) for step in range(8)]
+    assert len(set(found)) > 2
+    lm, _, config, _ = load_trained(folder / "checkpoints/last.ckpt")
+    assert config.context_steps == lm.context == 20
+    plain = main([*small, f"--run_dir={tmp_path}"])
+    one, other = trained(folder), trained(plain)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+    assert set(seen) == {20}
+
+
+def test_draws_are_log_uniform() -> None:
+    windows = RandomWindows(10, 1000)
+    draws = [windows.draw(step, 0) for step in range(2000)]
+    assert 10 <= min(draws) <= 11
+    assert 900 <= max(draws) <= 1000
+    assert 0.45 < sum(draw < 100 for draw in draws) / len(draws) < 0.55
+
+
+@pytest.mark.parametrize(
+    ("shortest", "longest", "says"),
+    [(None, 9, "both or neither"), (9, 4, "longest_steps"), (1, 4, "shortest_steps")],
+)
+def test_windows_that_make_no_sense_are_refused(
+    shortest: int | None, longest: int | None, says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        RandomWindows(shortest, longest)
+
+
+def test_a_run_is_pulled_towards_the_base(small: list[str], tmp_path: Path) -> None:
+    args = [*small, "--model.memory.gate_init=0.5", "--trainer.max_epochs=4"]
+    free, pulled = (
+        scalars(
+            main([*args, f"--model.distillation.weight={weight}", f"--run_dir={tmp_path}"]),
+            "train/divergence",
+        )
+        for weight in (1e-9, 100)
+    )
+    assert free[0] == pulled[0] > 0
+    assert sum(pulled) < 0.95 * sum(free)
+
+
+def test_a_base_that_trains_cannot_teach(small: list[str], tmp_path: Path) -> None:
+    args = [*small, "--model.train=full", "--model.distillation.weight=1"]
+    with pytest.raises(UserError, match=r"model\.distillation\.weight=1 needs a frozen base"):
+        main([*args, f"--run_dir={tmp_path}"])
+    assert not any(tmp_path.iterdir())
