@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py --checkpoint runs/long60s/000/checkpoints/last.ckpt --seconds 120
     python scripts/evaluate.py --checkpoint last.ckpt --context_steps 500  # another window
+    python scripts/evaluate.py --checkpoint last.ckpt --sinks 4 --inner_rate 0.5
     python scripts/evaluate.py --model tiny --seconds 120
     python scripts/evaluate.py --model tiny --log_interval 100 | grep event=ring_turn
     python scripts/evaluate.py --model tiny --input me.wav --output moshi.wav   # what it answers
@@ -56,6 +57,8 @@ def main(args: list[str] | None = None) -> Path:
         dtype=options.dtype,
         context_steps=options.context_steps,
         base=options.base,
+        sinks=options.sinks,
+        inner_rate=options.inner_rate,
     )
     return _answer(subject, options) if options.input else _evaluate(subject, options, parser)
 
@@ -86,10 +89,11 @@ def _evaluate(subject: Subject, options: Namespace, parser: ArgumentParser) -> P
         beside, name = options.checkpoint.parent.parent / "evaluate", options.checkpoint.stem
     else:
         beside, name = Path("runs/evaluate"), short_name(options.model)
-    context = f"_C{options.context_steps}" if options.context_steps else ""
+    changes = {"C": options.context_steps, "sinks": options.sinks, "rate": options.inner_rate}
+    changed = "".join(f"_{key}{one:g}" for key, one in changes.items() if one is not None)
     manifest = options.manifest or bundled_held_out(source)
     recordings = read_recordings(source, manifest, options.cache_dir)
-    out = claim_folder(options.out or beside / f"{name}_{seconds}s{context}", "--out")
+    out = claim_folder(options.out or beside / f"{name}_{seconds}s{changed}", "--out")
     write_bytes(out / CONFIG, parser.dump(options).encode())
     folder = out / "longgen" / "evaluation"
     with settings_at("run"):
@@ -116,6 +120,12 @@ def _parser() -> ArgumentParser:
         "--context_steps",
         type=int,
         help="Ring capacity C to try it with; null: its own, or what it was trained with.",
+    )
+    add("--sinks", type=int, help="First steps that are never evicted; null: as it was trained.")
+    add(
+        "--inner_rate",
+        type=float,
+        help="Multiplies the write gates of the memory, 0 stops it; null: as it was trained.",
     )
     add("--input", type=Path, help="Recording of a user, to be answered instead of an evaluation.")
     add("--output", type=Path, help="WAV file of the answer; a .txt beside it has its words.")

@@ -49,6 +49,7 @@ class MoshiTTT(LightningModule):
         dtype: Storage of the base weights; memories and LoRA are always float32.
         context_steps: Attention window and ring capacity C of the temporal transformer in steps
             of 80 ms, in training and in generation; null keeps the checkpoint's own.
+        sinks: First steps that stay visible beside the window, in training and in generation.
         gradient_checkpointing: Recompute each layer in the backward pass; less memory, more time.
         init_from: Start from trained weights: `tiny` (the memory bundled with that model), or the
             `.safetensors` file of another run; a part of what trains now is enough.
@@ -69,6 +70,7 @@ class MoshiTTT(LightningModule):
         source: str = "tiny",
         dtype: Dtype = "float32",
         context_steps: int | None = None,
+        sinks: int = 0,
         gradient_checkpointing: bool = False,
         init_from: str | None = None,
         train: Trained = "memory",
@@ -84,6 +86,7 @@ class MoshiTTT(LightningModule):
                 source=source,
                 dtype=dtype,
                 context_steps=context_steps,
+                sinks=sinks,
                 train=train,
                 memory=memory,
                 lora=lora,
@@ -122,8 +125,7 @@ class MoshiTTT(LightningModule):
             self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
             if self.init_from is not None:
                 start_from(self.lm, self.init_from)
-        # moshi loads in eval mode and Lightning keeps the mode it finds; dropout needs this
-        self.lm.train()
+        self.lm.train()  # moshi loads in eval mode and Lightning keeps what it finds
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.val_nll = PositionNLL(data.clip_steps, windows=1)
         self.val_loss = MeanMetric()
@@ -153,7 +155,8 @@ class MoshiTTT(LightningModule):
         """Loss of one batch of clips; `codes` [B, K, T]."""
         codes: Tensor = batch["codes"]
         heard, config, logs = batch.get("heard"), self.loss_config, self._logs_this_step
-        predicted = None if heard is None else config.predicted(heard, self.global_step)
+        taught = self.distillation.teaches_audio
+        predicted = heard and config.predicted(heard, self.global_step, taught)
         teacher = None
         if self.distillation.weight:
             teacher = base_output(self.lm, codes, self.distillation, heard, predicted)

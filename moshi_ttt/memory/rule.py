@@ -57,6 +57,8 @@ class MemoryRule(nn.Module, ABC):
         self.log_rate = nn.Parameter(-(shortest + (longest - shortest) * share))
         self.observer: Callable[[Sequence[Tensor]], None] | None = None
         """Called with what `_project` gave; inside a CUDA graph only when it is captured."""
+        self.rate = 1.0
+        """Multiplies the write gates, which stay at most 1; 0 stops all inner updates."""
         self._prepared: tuple[Tensor, Tensor | None] | None = None
 
     @property
@@ -149,6 +151,9 @@ class MemoryRule(nn.Module, ABC):
 
     def _inputs(self, x: Tensor, shared_qkv: Borrowed | None) -> tuple[Tensor, ...]:
         inputs = self._project(x, shared_qkv)
+        if self.rate != 1:
+            q, k, v, write, *others = inputs
+            inputs = (q, k, v, (self.rate * write).clamp(max=1), *others)
         if self.observer is not None:
             self.observer(inputs)
         return inputs

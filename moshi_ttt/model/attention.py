@@ -29,6 +29,9 @@ class ParallelAttention(StreamingMultiheadAttention):
     been in front of it, it needs neither positions nor a mask.
     """
 
+    sinks: int = 0
+    """First positions that every later one sees beside its window."""
+
     @classmethod
     def adopt(cls, attention: StreamingMultiheadAttention) -> Self:
         """The same attention, sharing all modules of `attention`."""
@@ -45,6 +48,7 @@ class ParallelAttention(StreamingMultiheadAttention):
         )
         adopted.in_projs = attention.in_projs
         adopted.out_projs = attention.out_projs
+        adopted.sinks = getattr(attention, "sinks", 0)
         return adopted.train(attention.training)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -72,7 +76,7 @@ class ParallelAttention(StreamingMultiheadAttention):
         if self.kv_repeat > 1:
             k, v = (expand_repeated_kv(one, self.kv_repeat) for one in (k, v))
         if self.context is not None and 2 * self.context < steps:
-            y = _in_blocks(q, k, v, self.context)
+            y = _in_blocks(q, k, v, self.context, self.sinks)
         else:
             mask = self._window(steps, query.device)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
@@ -138,7 +142,7 @@ class ParallelAttention(StreamingMultiheadAttention):
             return None
         position = torch.arange(steps, device=device)
         distance = position[:, None] - position
-        return (distance >= 0) & (distance < self.context)
+        return (distance >= 0) & ((distance < self.context) | (position < self.sinks))
 
 
 @fused
@@ -180,20 +184,29 @@ def _turn(
     return written[:, 0], added[:, None, None]
 
 
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
-    """Attention to the last `context` steps, [B, H, T, channels] each, in time linear in T.
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, context: int, sinks: int) -> Tensor:
+    """Attention to the last `context` steps and to sinks, [B, H, T, channels], in time linear in T.
 
-    A block of `context` queries sees its own keys and those of the block before it.
+    A block of `context` queries sees its own keys, those of the block before it, and the sinks.
     """
     rows, _, steps, _ = q.shape
+    first = [one[:, :, None, :sinks] for one in (k, v)]
     padding = (0, 0, 0, -steps % context)
     q, k, v = (F.pad(one, padding).unflatten(2, (-1, context)) for one in (q, k, v))
     k, v = (torch.cat([F.pad(one, (0, 0, 0, 0, 1, -1)), one], dim=3) for one in (k, v))
     blocks = q.shape[2]
+    k, v = (
+        torch.cat([one, sink.expand(-1, -1, blocks, -1, -1)], dim=3)
+        for one, sink in zip((k, v), first, strict=True)
+    )
     query = torch.arange(context, device=q.device)[:, None]
     key = torch.arange(2 * context, device=q.device)
     mask = ((key > query) & (key <= query + context)).repeat(blocks, 1, 1)
     mask[0, :, :context] = False  # before the first block is nothing
+    position = torch.arange(blocks * context, device=q.device).view(blocks, context, 1)
+    # a sink that is within the window is among its keys
+    left = position - torch.arange(sinks, device=q.device) >= context
+    mask = torch.cat([mask, left], dim=-1)
     q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask.repeat(rows, 1, 1)[:, None])
     return y.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :steps]

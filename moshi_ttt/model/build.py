@@ -14,6 +14,7 @@ from moshi_ttt.memory import MemoryConfig, resolve_layers
 from moshi_ttt.model.hybrid import add_memory
 from moshi_ttt.model.inspection import LONGEST_CONTEXT_STEPS
 from moshi_ttt.model.lora import LoraConfig, add_lora
+from moshi_ttt.model.sinks import keep_sinks
 from moshi_ttt.model.source import ModelSource
 
 Trained = Literal["memory", "lora", "memory+lora", "base", "full"]
@@ -30,6 +31,7 @@ class ModelConfig:
     dtype: Dtype
     context_steps: int | None
     train: Trained
+    sinks: int = 0
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -43,6 +45,8 @@ class ModelConfig:
         )
         own = "use null for the checkpoint's own"
         check_fields(self, "context_steps", least=2, most=LONGEST_CONTEXT_STEPS, remedy=own)
+        most = (self.context_steps or LONGEST_CONTEXT_STEPS) - 1
+        check_fields(self, "sinks", least=0, most=most, remedy="they stand beside the window")
 
 
 def check_fits(config: ModelConfig, source: ModelSource) -> None:
@@ -94,6 +98,8 @@ def build_lm(
     if config.train in WITH_MEMORY:
         with settings_at("memory"):
             add_memory(lm, config.memory)
+    if config.sinks:
+        keep_sinks(lm, config.sinks)
     return lm
 
 

@@ -207,6 +207,23 @@ def gates_forced_to_zero(lm: LMModel) -> Iterator[None]:
                 gate.copy_(value)
 
 
+def set_inner_rate(lm: LMModel, rate: float) -> None:
+    """Scale how much the memories learn while the model runs; before it streams.
+
+    Args:
+        lm: hybrid.
+        rate: multiplies every write gate; 1 is as trained, 0 stops writing.
+
+    Raises:
+        UserError: there is no memory.
+    """
+    layers = hybrid_layers(lm)
+    if not layers:
+        raise UserError(f"inner_rate={rate:g}: the model has no memory that could learn")
+    for layer in layers.values():
+        layer.branch.rule.rate = rate
+
+
 def reset_memories(lm: LMModel, rows: Tensor) -> None:
     """Take the memories of some streams [B] away while they run; their attention goes on."""
     for layer in hybrid_layers(lm).values():

@@ -111,8 +111,6 @@ class _ShiftedRotary(nn.Module):
 class ControlledAttention(AdapterAttention):
     """moshi's attention with a ring that may keep sinks, and a rotation that may be shifted."""
 
-    sinks: int = 0
-
     def _init_streaming_state(self, batch_size: int):  # type: ignore[no-untyped-def]
         state = super()._init_streaming_state(batch_size)
         if self.sinks:
@@ -128,13 +126,6 @@ class ControlledAttention(AdapterAttention):
                 dtype=like.dtype,
             )
         return state
-
-    def _complete_kv(self, k: Tensor, v: Tensor) -> KVCacheResult:
-        if self.sinks and self._streaming_state is None:
-            raise RuntimeError(
-                "sinks exist only while streaming; the parallel forward would do without them"
-            )
-        return super()._complete_kv(k, v)
 
 
 class AttentionControls:
@@ -201,9 +192,20 @@ class AttentionControls:
         return self._attentions
 
 
+def keep_sinks(lm: LMModel, sinks: int) -> None:
+    """Let every step see the first positions beside its window, in training and in generation.
+
+    Args:
+        lm: as `AttentionControls` wants it.
+        sinks: how many.
+    """
+    assert lm.context is not None, "without a window nothing is evicted"
+    AttentionControls(lm).set(context_steps=lm.context, sinks=sinks)
+
+
 def _controlled(attention: StreamingMultiheadAttention) -> ControlledAttention:
     controlled = ControlledAttention.adopt(attention)
     assert isinstance(controlled, ControlledAttention)
-    if attention.rope is not None:
+    if attention.rope is not None and not isinstance(attention.rope, _ShiftedRotary):
         controlled.rope = _ShiftedRotary(attention.rope)  # type: ignore[assignment]
     return controlled

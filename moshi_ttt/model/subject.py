@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from moshi.models.lm import LMModel
 
-from moshi_ttt.errors import UserError, settings_at
+from moshi_ttt.errors import UserError, check_bounds, settings_at
 from moshi_ttt.model.build import Dtype
+from moshi_ttt.model.hybrid import set_inner_rate
+from moshi_ttt.model.sinks import keep_sinks
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.model.weights import load_trained
 
@@ -35,6 +37,8 @@ def open_subject(
     dtype: Dtype | None = None,
     context_steps: int | None = None,
     base: str | None = None,
+    sinks: int | None = None,
+    inner_rate: float | None = None,
 ) -> Subject:
     """Open a source, or a trained checkpoint.
 
@@ -45,18 +49,42 @@ def open_subject(
         dtype: weights' type of a source; None: float32.
         context_steps: ring capacity C; None: its own, or what a checkpoint was trained with.
         base: where the base of a checkpoint lies, as `load_trained` has it.
+        sinks: first steps that are never evicted; None: as a checkpoint was trained, or none.
+        inner_rate: multiplies the write gates of a memory; None: as it was trained.
 
     Raises:
         UserError: no such model; an impossible capacity; type of a checkpoint, which has its own;
-            base of a source, which is one.
+            base of a source, which is one; an inner rate where there is no memory.
     """
-    window = "" if context_steps is None else f", C = {context_steps} steps"
+    check_bounds("--inner_rate", inner_rate, least=0)
+    subject = _opened(name, device, dtype, context_steps, base)
+    changes = [] if context_steps is None else [f"C = {context_steps} steps"]
+    if sinks is not None:
+        most = subject.lm.context - 1 if subject.lm.context else None
+        check_bounds("--sinks", sinks, least=0, most=most, remedy="they stand beside the window")
+        keep_sinks(subject.lm, sinks)
+        changes.append(f"{sinks} sinks")
+    if inner_rate is not None:
+        set_inner_rate(subject.lm, inner_rate)
+        changes.append(f"inner rate x {inner_rate:g}")
+    if subject.trained_steps is None:
+        return replace(subject, label=f"{subject.label} ({', '.join(['vanilla', *changes])})")
+    return replace(subject, label=", ".join([subject.label, *changes]))
+
+
+def _opened(
+    name: str | Path,
+    device: torch.device | str,
+    dtype: Dtype | None,
+    context_steps: int | None,
+    base: str | None,
+) -> Subject:
     if is_checkpoint(name):
         if dtype is not None:
             raise UserError("--dtype goes with --model; a checkpoint brings its own")
         path = Path(name)
         lm, source, _, trained_steps = load_trained(path, device, base, context_steps)
-        label = f"{_run_folder(path).parent.name}/{_run_folder(path).name} {path.stem}{window}"
+        label = f"{_run_folder(path).parent.name}/{_run_folder(path).name} {path.stem}"
         return Subject(lm=lm, source=source, trained_steps=trained_steps, label=label)
     if base is not None:
         raise UserError(f"--base={base} goes with --checkpoint; --model {name} is a base itself")
@@ -65,9 +93,7 @@ def open_subject(
     lm = source.lm(
         device=device, dtype=getattr(torch, dtype or "float32"), context_steps=context_steps
     )
-    return Subject(
-        lm=lm, source=source, trained_steps=None, label=f"{source.name} (vanilla{window})"
-    )
+    return Subject(lm=lm, source=source, trained_steps=None, label=source.name)
 
 
 def is_checkpoint(name: str | Path) -> bool:

@@ -46,6 +46,11 @@ class DistillationConfig:
             f"must name one or more of {', '.join(get_args(Stream))}",
         )
 
+    @property
+    def teaches_audio(self) -> bool:
+        """Whether audio must be predicted for it."""
+        return self.weight > 0 and "audio" in self.streams
+
     def check_fits(self, train: Trained) -> None:
         """Hold it against what learns.
 

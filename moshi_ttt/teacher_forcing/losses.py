@@ -32,7 +32,7 @@ class LossConfig:
     audio_weight: float = 1.0
     """Weight of the audio cross-entropy; that of the text weighs 1. In clips most of which are
     text alone, sound is few words that are as loud in the gradient as all others. With 0, training
-    predicts no audio."""
+    predicts no audio, unless a teacher does."""
     audio_every: int = 1
     """Training predicts the audio of one in so many spoken clips, in turn: the depformer is most of
     a step's time. All are read. Where a batch has fewer of them, some steps have no audio loss."""
@@ -57,11 +57,17 @@ class LossConfig:
             remedy="to switch the regulariser off set magnitude_reg=0",
         )
 
-    def predicted(self, heard: Sequence[bool], step: int) -> list[bool]:
-        """Rows of a batch whose audio is predicted in an optimizer step, of those `heard`."""
+    def predicted(self, heard: Sequence[bool], step: int, taught: bool = False) -> list[bool]:
+        """Rows of a batch whose audio is predicted in an optimizer step, of those `heard`.
+
+        Args:
+            heard: whether any audio is known in each row.
+            step: of the optimizer.
+            taught: whether a teacher predicts audio, whatever its weight in the loss.
+        """
         before = accumulate(heard, initial=step)  # so that each clip has its turn
         return [
-            one and self.audio_weight > 0 and turn % self.audio_every == 0
+            one and (taught or self.audio_weight > 0) and turn % self.audio_every == 0
             for one, turn in zip(heard, before, strict=False)
         ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,13 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
+from moshi_ttt.model.build import ModelConfig, build_lm
 from moshi_ttt.model.hybrid import add_memory
 from moshi_ttt.model.lora import LoraConfig, add_lora
+from moshi_ttt.model.rings import attention_of, ring_of
 from moshi_ttt.model.sinks import AttentionControls, SinkRing
+from moshi_ttt.model.source import open_source
+from moshi_ttt.model.weights import load_trained, save_trained, trainable_weights
 
 MakeLM = Callable[..., LMModel]
 ROWS, HEADS, CHANNELS = 3, 2, 8
@@ -51,6 +57,36 @@ def controlled_attention(make_lm: MakeLM, window: int, sinks: int, start: int = 
     controls = AttentionControls(lm)
     controls.set(context_steps=window, sinks=sinks, start_position=start)
     return controls.attentions[0].double()
+
+
+@pytest.mark.parametrize("window", [3, 5, 12, 19])
+@pytest.mark.parametrize("sinks", [1, 2, 3])
+def test_a_whole_clip_sees_what_a_stream_sees(make_lm: MakeLM, window: int, sinks: int) -> None:
+    attention = controlled_attention(make_lm, window, sinks)
+    x = torch.randn(2, 20, HEADS * CHANNELS, dtype=torch.float64)
+    with torch.no_grad():
+        whole = attention(x, x, x)
+        with attention.streaming(2):
+            steps = [attention(step, step, step) for step in x.split(1, dim=1)]
+        torch.testing.assert_close(whole, torch.cat(steps, dim=1))
+        attention.sinks = 0
+        assert not torch.allclose(attention(x, x, x), whole)
+
+
+def test_sinks_of_a_model_come_back_with_its_weights(tmp_path: Path) -> None:
+    source = open_source("tiny")
+    memory = MemoryConfig(layers=[1], heads=2)
+    config = ModelConfig(
+        source="tiny", dtype="float32", context_steps=9, train="memory", sinks=2, memory=memory
+    )
+    lm = build_lm(config, source)
+    save_trained(tmp_path / "w.safetensors", trainable_weights(lm), config, 25, source)
+    loaded, _, found, _ = load_trained(tmp_path / "w.safetensors")
+    assert found.sinks == 2
+    with loaded.streaming(1):
+        assert isinstance(ring_of(attention_of(loaded.transformer.layers[0])), SinkRing)
+    with pytest.raises(UserError, match="sinks=9"):
+        dataclasses.replace(config, sinks=9)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(5, 1), (5, 3), (7, 7), (4, 6)])
@@ -217,9 +253,6 @@ def test_misuse_is_refused(make_lm: MakeLM) -> None:
         controls.set(context_steps=16)
     with pytest.raises(UserError, match="streamed already"):
         AttentionControls(lm)
-    controls.set(context_steps=16, sinks=1)
-    with pytest.raises(RuntimeError, match="only while streaming"):
-        lm(torch.zeros(1, 17, 4, dtype=torch.long))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,6 +11,7 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import ModelConfig, build_lm
 from moshi_ttt.model.hybrid import hybrid_layers
+from moshi_ttt.model.rings import attention_of
 from moshi_ttt.model.source import ASSETS, open_source
 from moshi_ttt.model.subject import open_subject, short_name
 from moshi_ttt.model.weights import save_trained, trainable_weights
@@ -61,6 +62,18 @@ def test_a_checkpoint_may_be_looked_at_with_another_window(checkpoint: Path) -> 
     assert subject.label == "long60s/000 best, C = 12 steps"
     with pytest.raises(UserError, match=r"^--context_steps=1 must be at least 2"):
         open_subject(checkpoint, "cpu", context_steps=1)
+
+
+def test_a_model_may_be_looked_at_with_sinks_and_another_inner_rate(checkpoint: Path) -> None:
+    subject = open_subject(checkpoint, "cpu", sinks=3, inner_rate=0.5)
+    assert subject.label == "long60s/000 best, 3 sinks, inner rate x 0.5"
+    assert all(attention_of(layer).sinks == 3 for layer in subject.lm.transformer.layers)  # type: ignore[attr-defined]
+    assert [one.branch.rule.rate for one in hybrid_layers(subject.lm).values()] == [0.5]
+    assert open_subject("tiny", "cpu", sinks=1).label == "tiny (vanilla, 1 sinks)"
+    with pytest.raises(UserError, match="--sinks=20 must be at least 0 and at most 19"):
+        open_subject(checkpoint, "cpu", sinks=20)
+    with pytest.raises(UserError, match="no memory"):
+        open_subject("tiny", "cpu", inner_rate=0)
 
 
 def test_the_type_of_a_checkpoint_cannot_be_chosen(checkpoint: Path) -> None:

@@ -226,6 +226,7 @@ def test_each_spoken_clip_has_its_turn_to_be_predicted() -> None:
     assert every[1] == [False, False, True, False, False, True]
     assert LossConfig().predicted(heard, 5) == heard
     assert LossConfig(audio_weight=0).predicted(heard, 0) == [False] * 6
+    assert LossConfig(audio_weight=0).predicted(heard, 0, taught=True) == heard
 
 
 def test_the_audio_loss_is_that_of_the_predicted_clips_alone(make_lm: MakeLM) -> None:
