@@ -30,8 +30,9 @@ from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.model.weights import check_start, start_from
 from moshi_ttt.teacher_forcing.losses import LossConfig, magnitude_penalty, read_clips
 from moshi_ttt.teacher_forcing.nll import PositionNLL
+from train.carry import Carry
 from train.optim import OptimConfig, adamw, apply_settings
-from train.resume import check_resumes
+from train.resume import check_resumes, gathered, random_states, restore_random_states
 
 # the output gate starts at zero and shields the memory behind it until its first update
 GRADIENT_CHECK_STEPS = 3
@@ -91,6 +92,7 @@ class MoshiTTT(LightningModule):
         self.init_from = init_from
         self._silent_groups: set[str] = set()
         self._rng: dict[str, Tensor] = {}
+        self._carry = Carry()
         # a checkpoint holds what trains; the base comes from its source again
         self.strict_loading = False
 
@@ -150,7 +152,8 @@ class MoshiTTT(LightningModule):
         scope: AbstractContextManager[dict[int, list[BranchStats]]] = nullcontext({})
         if logs or config.magnitude_reg:
             scope = observe_branches(self.lm)
-        with scope as stats:
+        carried = self._carry.reading(self.lm, batch.get("continues"), self.trainer)
+        with carried, scope as stats:
             predicted = None if heard is None else config.predicted(heard, self.global_step)
             _, text_loss, audio_loss = read_clips(self.lm, codes, config, heard, predicted)
         loss = config.likelihood(text_loss, audio_loss)
@@ -168,6 +171,11 @@ class MoshiTTT(LightningModule):
                 values |= _branch_scalars(one, f"layer_{layer:02d}")
             self.log_dict({name: value.detach() for name, value in values.items()})
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """With activation checkpointing the clips are read again here, from the same memories."""
+        with self._carry.again(self.lm):
+            super().backward(loss, *args, **kwargs)
 
     @property
     def _logs_this_step(self) -> bool:
@@ -257,30 +265,23 @@ class MoshiTTT(LightningModule):
         return {name: p.data for group in groups for name, p in group.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains and the random states; the frozen base is not copied."""
+        """Keep what trains, random states and carried memories; the frozen base is not copied."""
         checkpoint["state_dict"] = {f"lm.{n}": p for n, p in self.trained_weights().items()}
-        own = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state(self.device)
-        states = [own] * self.trainer.world_size
-        if len(states) > 1:  # every process draws its own dropout
-            torch.distributed.all_gather_object(states, own)
-        checkpoint["rng"] = states
+        checkpoint["rng"] = gathered(random_states(self.device), self.trainer.world_size)
+        self._carry.save(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, and go on with its random states."""
+        """Refuse a checkpoint of another model, and go on with what it has of this process."""
         check_resumes(checkpoint, self.trained_weights())
         self._rng = checkpoint["rng"][self.global_rank % len(checkpoint["rng"])]
+        self._carry.load(checkpoint, self.trainer, self.config.memory.mini_batch_steps)
 
     def on_train_start(self) -> None:
         """Rates are those of the config; random states go back last, after all that might draw."""
         trainer: Any = self.trainer
         optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
         apply_settings(optimizer, schedule, adamw(self._groups, self.optim_config, fused=False))
-        if self._rng:
-            torch.set_rng_state(self._rng["cpu"].cpu())
-        if "cuda" in self._rng and self.device.type == "cuda":
-            torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
+        restore_random_states(self._rng, self.device)
         self._rng = {}
 
 

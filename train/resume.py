@@ -5,15 +5,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.inspection import check_finite
 from moshi_ttt.model.trained_file import difference
 
+Part = TypeVar("Part")
 _PARTS = ("state_dict", "rng", "loops", "optimizer_states", "pytorch-lightning_version")
 
 
@@ -68,3 +70,27 @@ def check_resumes(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     check_finite(
         [*theirs.items(), *states], "the checkpoint cannot be resumed from; take an earlier one"
     )
+
+
+def gathered(own: Part, world_size: int) -> list[Part]:
+    """What each process keeps for itself, by rank; takes all of them."""
+    parts = [own] * world_size
+    if world_size > 1:
+        dist.all_gather_object(parts, own)
+    return parts
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that draw dropout; every process draws its own."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_states` gave, as far as there is any of it."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
