@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 
 from moshi_ttt.data import (
     EncodedRecording,
+    LaneLoader,
     RecordingReader,
     WindowLoader,
     check_manifest,
@@ -31,7 +32,8 @@ class ConversationData(LightningDataModule):
     """Stereo conversations as clips of Moshi's 17 rows of codes.
 
     A batch is `{"codes": int64 [B, 17, T], "start_step": int64 [B], "recording": list[str],
-    "heard": list[bool]}`; `heard` tells which rows know any audio.
+    "heard": list[bool]}`; `heard` tells which rows know any audio. Where memory is carried there is
+    `"continues": list[bool]` too: which rows go on where those of the batch before stopped.
 
     Args:
         source: model whose codec and tokenizer encode the data; follows `model.source`.
@@ -47,6 +49,12 @@ class ConversationData(LightningDataModule):
         batch_size: clips a batch on each device; the last batch of an epoch may be smaller.
         cache_dir: folder that keeps encoded audio, so that it is encoded only once; it may be
             shared between runs, and deleted at any time.
+        carry: let a memory go on from clip to clip in training: each row of the batch goes through
+            recordings from their first clip to the last one, padded, in an order that differs from
+            epoch to epoch, and begins each with an empty memory. Gradients end where a clip begins;
+            attention begins afresh there, as does what the model reads. The clips of an epoch are
+            dealt to the rows of all devices in equal parts: a recording may be broken off at the
+            end of one, to begin afresh in another, and less than a clip a row is left out.
         seed: decides, together with the epoch, where the training clips begin and their order.
 
     Raises:
@@ -62,6 +70,7 @@ class ConversationData(LightningDataModule):
         allow_any_duration: bool = False,
         batch_size: int = 1,
         cache_dir: str = ".cache/codes",
+        carry: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -82,6 +91,7 @@ class ConversationData(LightningDataModule):
         self.duration_sec = duration_sec
         self.batch_size = batch_size
         self.cache_dir = Path(cache_dir)
+        self.carry = carry
         self.seed = seed
         self._train: list[EncodedRecording] = []
         self._val: list[EncodedRecording] = []
@@ -147,11 +157,11 @@ class ConversationData(LightningDataModule):
         `overfit_batches` repeats clips of the fixed cut that validation has.
 
         Raises:
-            UserError: fewer clips than processes.
+            UserError: fewer clips than processes, or none that a memory could be carried to.
         """
         trainer: Any = self.trainer
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        loader = WindowLoader(
+        loader = (LaneLoader if self.carry else WindowLoader)(
             self._train,
             self.clip_steps,
             self.batch_size,

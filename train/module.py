@@ -31,8 +31,10 @@ from moshi_ttt.model.weights import check_start, start_from
 from moshi_ttt.teacher_forcing.distillation import DistillationConfig, base_output, divergence
 from moshi_ttt.teacher_forcing.losses import LossConfig, magnitude_penalty, read_clips
 from moshi_ttt.teacher_forcing.nll import PositionNLL
+from train.carry import Carry
+from train.logged import branch_scalars, parameter_counts
 from train.optim import OptimConfig, adamw, apply_settings
-from train.resume import check_resumes, random_states, set_random_states
+from train.resume import check_resumes, gathered, random_states, restore_random_states
 
 # the output gate starts at zero and shields the memory behind it until its first update
 GRADIENT_CHECK_STEPS = 3
@@ -100,6 +102,7 @@ class MoshiTTT(LightningModule):
         self.init_from = init_from
         self._silent_groups: set[str] = set()
         self._rng: dict[str, Tensor] = {}
+        self._carry = Carry()
         # a checkpoint holds what trains; the base comes from its source again
         self.strict_loading = False
 
@@ -132,19 +135,12 @@ class MoshiTTT(LightningModule):
 
     def on_fit_start(self) -> None:
         """Say how much trains."""
-        groups = self._groups
-        frozen = sum(p.numel() for p in self.lm.parameters() if not p.requires_grad)
-        counts = {name: sum(p.numel() for p in group.values()) for name, group in groups.items()}
-        self.print(
-            "parameters: "
-            + ", ".join(f"{name} {count:,} trainable" for name, count in counts.items())
-            + f", {frozen:,} frozen"
-        )
+        counts = parameter_counts(self.lm, self._groups)
+        self.print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
         if self.logger is not None:
-            counts["frozen"] = frozen
             tags = {f"parameters/{name}": float(count) for name, count in counts.items()}
             self.logger.log_metrics(tags, step=self.global_step)
-        self._silent_groups = set(groups)
+        self._silent_groups = set(self._groups)
 
     @cached_property
     def _groups(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -163,7 +159,8 @@ class MoshiTTT(LightningModule):
         scope: AbstractContextManager[dict[int, list[BranchStats]]] = nullcontext({})
         if logs or config.magnitude_reg:
             scope = observe_branches(self.lm)
-        with scope as stats:
+        carried = self._carry.reading(self.lm, batch.get("continues"), self.trainer)
+        with carried, scope as stats:
             output, text_loss, audio_loss = read_clips(self.lm, codes, config, heard, predicted)
         loss = config.likelihood(text_loss, audio_loss)
         values = {"train/text_loss": text_loss, "train/audio_loss": audio_loss}
@@ -180,9 +177,14 @@ class MoshiTTT(LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         if logs:
             for layer, (one,) in stats.items():
-                values |= _branch_scalars(one, f"layer_{layer:02d}")
+                values |= branch_scalars(one, f"layer_{layer:02d}")
             self.log_dict({name: value.detach() for name, value in values.items()})
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """With activation checkpointing the clips are read again here, from the same memories."""
+        with self._carry.again(self.lm):
+            super().backward(loss, *args, **kwargs)
 
     @property
     def _logs_this_step(self) -> bool:
@@ -272,29 +274,21 @@ class MoshiTTT(LightningModule):
         return {name: p.data for group in groups for name, p in group.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains and the random states; the frozen base is not copied."""
+        """Keep what trains, random states and carried memories; the frozen base is not copied."""
         checkpoint["state_dict"] = {f"lm.{n}": p for n, p in self.trained_weights().items()}
-        checkpoint["rng"] = random_states(self.device, self.trainer.world_size)
+        checkpoint["rng"] = gathered(random_states(self.device), self.trainer.world_size)
+        self._carry.save(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, and go on with its random states."""
+        """Refuse a checkpoint of another model, and go on with what it has of this process."""
         check_resumes(checkpoint, self.trained_weights())
         self._rng = checkpoint["rng"][self.global_rank % len(checkpoint["rng"])]
+        self._carry.load(checkpoint, self.trainer, self.config.memory.mini_batch_steps)
 
     def on_train_start(self) -> None:
         """Rates are those of the config; random states go back last, after all that might draw."""
         trainer: Any = self.trainer
         optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
         apply_settings(optimizer, schedule, adamw(self._groups, self.optim_config, fused=False))
-        set_random_states(self._rng, self.device)
+        restore_random_states(self._rng, self.device)
         self._rng = {}
-
-
-def _branch_scalars(stats: BranchStats, layer: str) -> dict[str, Tensor]:
-    """What is logged of one branch; undefined at padding, which has no residual in layer 0."""
-    return {
-        f"train/branch_ratio/{layer}": stats.ratio.nanmean(),
-        f"train/branch_ratio_max/{layer}": stats.ratio.nan_to_num().max(),
-        f"train/raw_branch_ratio/{layer}": stats.raw_ratio.nanmean(),
-        f"train/gate/{layer}": stats.gate_rms,
-    }

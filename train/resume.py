@@ -5,15 +5,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.inspection import check_finite
 from moshi_ttt.model.trained_file import difference
 
+Part = TypeVar("Part")
 _PARTS = ("state_dict", "rng", "loops", "optimizer_states", "pytorch-lightning_version")
 
 
@@ -70,20 +72,25 @@ def check_resumes(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     )
 
 
-def random_states(device: torch.device, world_size: int) -> list[dict[str, Tensor]]:
-    """Where the random numbers of every process stand: each draws its own dropout."""
-    own = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(device)
-    states = [own] * world_size
+def gathered(own: Part, world_size: int) -> list[Part]:
+    """What each process keeps for itself, by rank; takes all of them."""
+    parts = [own] * world_size
     if world_size > 1:
-        torch.distributed.all_gather_object(states, own)
+        dist.all_gather_object(parts, own)
+    return parts
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that draw dropout; every process draws its own."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Go on with one of `random_states`; an empty one changes nothing."""
-    if states:
+def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_states` gave, as far as there is any of it."""
+    if "cpu" in states:
         torch.set_rng_state(states["cpu"].cpu())
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)

@@ -2,10 +2,12 @@
 
 `manifest`, `alignments` and `probes` check what the user wrote, `audio` and `codes` turn sound into
 codes (once: `cache`, or `codes_file` in place of the audio), `text` lays the words over the steps,
-`windows` cuts and deals the clips. `encode` writes a manifest anew as codes files.
+`windows` cuts and deals the clips, `lanes` in the order of their recordings. `encode` writes a
+manifest anew as codes files.
 """
 
 from moshi_ttt.data.codes_file import CodesFormat
+from moshi_ttt.data.lanes import LaneLoader
 from moshi_ttt.data.manifest import ManifestCheck, ManifestEntry, check_manifest, read_manifest
 from moshi_ttt.data.probes import Probe, RecallClass
 from moshi_ttt.data.recordings import EncodedRecording, RecordingReader, read_recordings
@@ -14,6 +16,7 @@ from moshi_ttt.data.windows import WindowLoader
 __all__ = [
     "CodesFormat",
     "EncodedRecording",
+    "LaneLoader",
     "ManifestCheck",
     "ManifestEntry",
     "Probe",

@@ -17,7 +17,11 @@ Window = tuple[int, int]  # index of the recording, first step
 
 
 def cut_windows(
-    recording_steps: Sequence[int], clip_steps: int, offsets: Sequence[int] | None = None
+    recording_steps: Sequence[int],
+    clip_steps: int,
+    offsets: Sequence[int] | None = None,
+    *,
+    touching: bool = False,
 ) -> list[Window]:
     """Consecutive windows from step 0 of every recording, or slid along it.
 
@@ -34,6 +38,8 @@ def cut_windows(
         recording_steps: length of each recording.
         clip_steps: length T of a window.
         offsets: one for each recording, 0..T-1.
+        touching: slide all windows of a recording as one, so that each begins where the one before
+            stops; the last is padded by at most 7/8. A lone one is moved inside all the same.
     """
     windows = []
     for index, steps in enumerate(recording_steps):
@@ -45,7 +51,10 @@ def cut_windows(
         if offsets is not None:
             span_steps = (len(starts) + 1) * clip_steps
             first = (steps - span_steps + 1) // 2 + offsets[index]
-            starts = [max(0, min(first + start, steps - clip_steps)) for start in starts]
+            if touching and len(starts) > 1:
+                starts = [max(0, first) + start for start in starts]
+            else:
+                starts = [max(0, min(first + start, steps - clip_steps)) for start in starts]
         windows += [(index, start) for start in starts]
     return windows
 
@@ -126,17 +135,16 @@ class WindowLoader:
         """
         if self._seed is None:
             self._epoch = self._given_batches = 0
-        share = self._share(self._epoch)
+        dealt = self._deal(self._epoch)
         for _ in range(len(self)):
             if self._given_batches == len(self):
                 self._epoch, self._given_batches = self._epoch + 1, 0
-                share = self._share(self._epoch)
-            first = self._given_batches * self._batch_size
-            rows = share[first : first + self._batch_size]
+                dealt = self._deal(self._epoch)
+            number = self._given_batches
             self._given_batches += 1
             if self._trained_batches is not None:
                 self._trained_before = self._trained_batches()
-            yield self._collate(rows)
+            yield self._batch(dealt, number)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data, the same on every process."""
@@ -153,11 +161,10 @@ class WindowLoader:
         Raises:
             UserError: that was within an epoch of other windows, batches or processes.
         """
-        old, new = state["plan"], self._plan()
+        new = self._plan()
+        old = dict.fromkeys(new) | {"carry": False} | state["plan"]  # before there were lanes
         if state["done_batches"] and old != new:
-            changes = [
-                f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]
-            ]
+            changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
             raise UserError(
                 f"the checkpoint stopped after {state['done_batches']} batches of epoch "
                 f"{state['epoch']}, and the rest of that epoch is undefined now ("
@@ -166,6 +173,12 @@ class WindowLoader:
             )
         self._epoch, self._given_batches = state["epoch"], state["done_batches"]
         self._trained_before = None
+
+    def _deal(self, epoch: int) -> list[Sequence[Window]]:
+        """This process's batches of an epoch."""
+        share = self._share(epoch)
+        firsts = range(0, len(share), self._batch_size)
+        return [share[first : first + self._batch_size] for first in firsts]
 
     def _share(self, epoch: int) -> list[Window]:
         """This process's windows in the order of an epoch."""
@@ -178,7 +191,8 @@ class WindowLoader:
         dealt = len(order) - len(order) % self._world_size
         return [windows[index] for index in order[self._rank : dealt : self._world_size]]
 
-    def _collate(self, windows: Sequence[Window]) -> dict[str, Any]:
+    def _batch(self, dealt: Sequence[Sequence[Window]], number: int) -> dict[str, Any]:
+        windows = dealt[number]
         clips = [
             self._recordings[index].codes[:, start : start + self._clip_steps]
             for index, start in windows
@@ -207,6 +221,7 @@ class WindowLoader:
             "recordings": hashlib.sha256(repr(recordings).encode()).hexdigest()[:16],
             "clip_steps": self._clip_steps,
             "batch_size": self._batch_size,
+            "carry": False,
             "seed": self._seed,
             "world_size": self._world_size,
         }

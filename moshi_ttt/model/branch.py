@@ -70,14 +70,32 @@ class Shared(NamedTuple):
     out_proj: nn.Module  # [..., D] to [..., D]
 
 
+class Carried(NamedTuple):
+    """The memory that an earlier forward left, for the rows that go on from it."""
+
+    memory: MemoryState  # [B, ...]
+    rows: Tensor  # [B] bool; the others begin at the learned start
+
+    def start(self, rule: MemoryRule) -> MemoryState:
+        """What a forward begins from; no gradient reaches the earlier one."""
+        return {
+            name: torch.where(
+                self.rows.view(-1, *[1] * (fresh.dim() - 1)), self.memory[name].detach(), fresh
+            )
+            for name, fresh in rule.init_state(len(self.rows)).items()
+        }
+
+
 @dataclass(eq=False)
 class MemorySwaps:
-    """Other memories than the one that was written, from given steps of a forward on."""
+    """Other memories than the one that was written, from the start or given steps of a forward."""
 
     steps: tuple[int, ...] = ()
     """In order; from each of them on the memory is the one below, and is written to from there."""
     memory: MemoryState | None = None
     """In place of what was remembered, [1, ...] or [B, ...]; None: the learned start."""
+    begin: Carried | None = None
+    """In place of the learned start, at the first step."""
     last: MemoryState | None = None
     """The memory after the last forward, to be read."""
 
@@ -85,7 +103,8 @@ class MemorySwaps:
         """What `rule` reads for x [B, T, D], piece by piece."""
         whole = None if shared_qkv is None else shared_qkv()
         edges = [0, *(step for step in self.steps if 0 < step < x.shape[1]), x.shape[1]]
-        outputs, memory = [], None
+        outputs = []
+        memory = None if self.begin is None else self.begin.start(rule)
         for first, stop in pairwise(edges):
             piece = slice(first, stop)
             qkv = None if whole is None else partial(getitem, whole, (slice(None), piece))
@@ -147,7 +166,7 @@ class MemoryBranch(StreamingModule[_BranchState]):
         """Whether activation checkpointing runs the forward twice, observed or not."""
         self._prepared: tuple[Tensor, Tensor] | None = None
         self.swaps: MemorySwaps | None = None
-        """What replaces the memory in the middle of a parallel forward."""
+        """What replaces the memory at the start or in the middle of a parallel forward."""
 
     def _prepare(self, dtype: torch.dtype) -> None:
         """Turn the small weights into what a stream needs, once and not at every step."""

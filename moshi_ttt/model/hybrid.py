@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.errors import SettingError, UserError
 from moshi_ttt.memory import MemoryConfig, MemoryState, resolve_layers
-from moshi_ttt.model.branch import BranchStats, MemoryBranch, MemorySwaps, Shared
+from moshi_ttt.model.branch import BranchStats, Carried, MemoryBranch, MemorySwaps, Shared
 
 
 class HybridLayer(StreamingContainer):
@@ -248,15 +248,48 @@ def memory_swapped(
     Yields:
         The swaps by layer index; after a forward, `last` of each is the memory at its end.
     """
-    layers = hybrid_layers(lm)
     swaps = {
         index: MemorySwaps(tuple(sorted(steps)), None if memories is None else memories[index])
-        for index in layers
+        for index in hybrid_layers(lm)
     }
+    with _swapping(lm, swaps):
+        yield swaps
+
+
+@contextmanager
+def memory_carried(
+    lm: LMModel, memories: Mapping[int, MemoryState], rows: Tensor
+) -> Iterator[dict[int, MemorySwaps]]:
+    """Let parallel forwards begin from the memories that an earlier one left.
+
+    No gradient reaches the earlier one; rows that begin at the learned start train it. Attention
+    begins afresh in all of them. Be in such a scope in `backward` too: activation checkpointing
+    runs the forward once more there.
+
+    Args:
+        lm: hybrid, not streaming.
+        memories: by layer index, what `last` of an earlier scope held; empty if nothing was before.
+        rows: which go on from there, bool [B].
+
+    Yields:
+        By layer index, what holds in `last` the memory at the end of a forward; detach it to keep
+        it.
+    """
+    swaps = {
+        index: MemorySwaps(begin=Carried(memories[index], rows) if memories else None)
+        for index in hybrid_layers(lm)
+    }
+    with _swapping(lm, swaps):
+        yield swaps
+
+
+@contextmanager
+def _swapping(lm: LMModel, swaps: Mapping[int, MemorySwaps]) -> Iterator[None]:
+    layers = hybrid_layers(lm)
     try:
         for index, layer in layers.items():
             layer.branch.swaps = swaps[index]
-        yield swaps
+        yield
     finally:
         for layer in layers.values():
             layer.branch.swaps = None

@@ -57,6 +57,21 @@ def test_every_shipped_config_loads_alone_and_with_its_overlays(
     assert not list(tmp_path.iterdir()), "looking at a config must not write anything"
 
 
+@pytest.mark.parametrize("before", [[], ["moshiko.yaml"]])
+def test_every_shipped_mitigation_loads_upon_a_recipe_and_changes_it(
+    before: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = resolved("long60s.yaml", *before)
+    names = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("mitigations/*.yaml"))
+    assert "mitigations/carry.yaml" in names
+    for name in names:
+        assert resolved("long60s.yaml", *before, name) != plain, name
+    assert resolved("long60s.yaml", *before, "mitigations/carry.yaml") == plain | {
+        "data": plain["data"] | {"carry": True}
+    }
+
+
 def test_shipped_overlays_are_all_tried() -> None:
     names = {path.name for path in CONFIGS.glob("*.yaml")}
     assert names - {n for n in names if n.startswith("long")} == {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -121,11 +122,10 @@ class MiniBatchRule(MemoryRule):
         if steps == 1:
             return [1]
         phases = {0} if state is None else set(state["phase"].tolist())
-        if len(phases) > 1:
-            return [1] * steps
-        head = min(self.mini_batch_steps - phases.pop(), steps)
-        full, tail = divmod(steps - head, self.mini_batch_steps)
-        return [head] + [self.mini_batch_steps] * full + [tail] * (tail > 0)
+        size = self.mini_batch_steps
+        # a border wherever a mini-batch of any row ends
+        ends = {stop for phase in phases for stop in range(size - phase, steps, size)}
+        return [stop - first for first, stop in pairwise([0, *sorted(ends), steps])]
 
     def _walk(
         self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
