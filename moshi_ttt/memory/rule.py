@@ -23,6 +23,10 @@ Asked for as late as can be: a step does not wait for it before it must.
 """
 
 
+Weights = tuple[Tensor, Tensor | None]
+"""Of the maps to a few channels, one above the other, and of the second half of a correction."""
+
+
 class MemoryRule(nn.Module, ABC):
     """Fast weights that learn while the model runs, H heads of dh channels.
 
@@ -59,7 +63,7 @@ class MemoryRule(nn.Module, ABC):
         """Called with what `_project` gave; inside a CUDA graph only when it is captured."""
         self.rate = 1.0
         """Multiplies the write gates, which stay at most 1; 0 stops all inner updates."""
-        self._prepared: tuple[Tensor, Tensor | None] | None = None
+        self._prepared: Weights | None = None
 
     @property
     def width(self) -> int:
@@ -136,7 +140,7 @@ class MemoryRule(nn.Module, ABC):
             The read-out [B, T, H x dh].
         """
         mixed = torch.is_autocast_enabled(x.device.type)
-        inputs = self._inputs(x, shared_qkv)
+        inputs = self._inputs(x, shared_qkv, self._prepared)
         with torch.autocast(x.device.type, enabled=False):
             y = self._stream(inputs, state, rows, mixed)
         return y.transpose(1, 2).flatten(2)
@@ -149,8 +153,10 @@ class MemoryRule(nn.Module, ABC):
             overwrite(tensor, rows, after[name])
         return y
 
-    def _inputs(self, x: Tensor, shared_qkv: Borrowed | None) -> tuple[Tensor, ...]:
-        inputs = self._project(x, shared_qkv)
+    def _inputs(
+        self, x: Tensor, shared_qkv: Borrowed | None, weights: Weights | None = None
+    ) -> tuple[Tensor, ...]:
+        inputs = self._project(x, shared_qkv, weights)
         if self.rate != 1:
             q, k, v, write, *others = inputs
             inputs = (q, k, v, (self.rate * write).clamp(max=1), *others)
@@ -158,12 +164,14 @@ class MemoryRule(nn.Module, ABC):
             self.observer(inputs)
         return inputs
 
-    def _project(self, x: Tensor, shared_qkv: Borrowed | None) -> tuple[Tensor, ...]:
+    def _project(
+        self, x: Tensor, shared_qkv: Borrowed | None, weights: Weights | None = None
+    ) -> tuple[Tensor, ...]:
         """Unit queries and keys, values [B, H, T, dh], write gates [B, H, T, 1], and more."""
         # halves are what a model is stored in; other inputs are as the parameters are
         half = x.dtype in (torch.bfloat16, torch.float16)
         x = x if half else x.to(self.write.weight.dtype)
-        narrow, up = self._prepared or self._weights(x.dtype)
+        narrow, up = weights or self._weights(x.dtype)
         parts = F.linear(x, narrow).split(self._widths, dim=-1)
         gates = self._gates(*parts[: len(self._gate_maps())])
         qkv = self.qkv(x.to(self.write.weight.dtype)) if up is None else F.linear(parts[-1], up)
@@ -171,11 +179,13 @@ class MemoryRule(nn.Module, ABC):
         return *_heads_of(qkv, borrowed, self.heads, self.dtype), *gates
 
     def prepare(self, dtype: torch.dtype | None) -> None:
-        """Keep weights as a stream of inputs of this type needs them; None lets go of them."""
+        """Keep weights as a stream of inputs of this type needs them; None lets go of them.
+
+        Clips never read them: those of a training change from step to step.
+        """
         self._prepared = None if dtype is None else self._weights(dtype)
 
-    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Maps to a few channels, one above the other, and the second half of a correction."""
+    def _weights(self, dtype: torch.dtype) -> Weights:
         # each alone would leave most of a GPU idle
         narrow = [gate.weight for gate in self._gate_maps()]
         up = None

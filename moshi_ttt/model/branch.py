@@ -227,7 +227,8 @@ class MemoryBranch(StreamingModule[_BranchState]):
         else:
             y = y.to(cast(Tensor, shared.out_proj.weight).dtype)
             borrowed = shared.out_proj(y)
-            down, up = self._prepared or cast(Correction, self.out_proj).weights(y.dtype)
+            prepared = None if state is None else self._prepared
+            down, up = prepared or cast(Correction, self.out_proj).weights(y.dtype)
             z = F.linear(F.linear(y, down), up)
         # under grad also without an observer, where activation checkpointing runs the forward again
         # in backward, when the observer is gone, and needs the same graph

@@ -156,3 +156,30 @@ def test_projections_that_do_not_fit_are_refused(make_lm: MakeLM, projections: s
         add_memory(make_lm(), MemoryConfig(projections=projections, heads=2, head_dim=8))
     with pytest.raises(UserError, match="fewer keys than queries"):
         add_memory(make_lm(kv_repeat=2), MemoryConfig(projections=projections))
+
+
+@pytest.mark.parametrize("projections", PROJECTIONS)
+def test_what_a_stream_keeps_ready_is_not_what_clips_or_later_streams_read(
+    make_lm: MakeLM, projections: str
+) -> None:
+    vanilla, codes = make_lm().eval(), random_codes(6)
+    lm, other = (
+        with_memory(vanilla, projections=projections, rule="gated_delta", rank=2) for _ in range(2)
+    )
+
+    def stream(model: LMModel) -> Tensor:
+        with torch.no_grad(), model.streaming(2):
+            return torch.cat([model.forward_text(one)[1] for one in codes.split(1, -1)], dim=2)
+
+    before = stream(lm)
+    for layer in hybrid_layers(lm).values():
+        for parameter in layer.branch.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    other.load_state_dict(lm.state_dict())
+    assert torch.equal(lm(codes).text_logits, other(codes).text_logits)
+    after = stream(lm)
+    assert torch.equal(after, stream(other))
+    assert not torch.equal(after, before)
+    lm(codes).text_logits.square().mean().backward()
+    gradients = [p.grad for one in hybrid_layers(lm).values() for p in one.branch.parameters()]
+    assert all(gradient is not None for gradient in gradients)

@@ -83,16 +83,6 @@ def test_shipped_overlays_are_all_tried() -> None:
     }
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "mitigations").iterdir()), ids=lambda p: p.stem)
-def test_every_mitigation_is_an_overlay_that_changes_something(
-    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    name = f"mitigations/{path.name}"
-    assert name in path.read_text(encoding="utf-8"), "its first lines say how it is used"
-    assert resolved("long60s.yaml", name) != resolved("long60s.yaml")
-
-
 WHOLE = """
 run_dir: runs/long{0}s
 seed_everything: 0

@@ -207,7 +207,7 @@ def test_a_group_without_gradient_is_an_error(
     # as an adapter that upstream code silently bypasses would behave
     forward = MemoryBranch.forward
     monkeypatch.setattr(
-        MemoryBranch, "forward", lambda self, x, residual: forward(self, x, residual).detach() * 1.0
+        MemoryBranch, "forward", lambda *args, **more: forward(*args, **more).detach() * 1.0
     )
     with pytest.raises((UserError, RuntimeError), match="no gradient reached gates, memory"):
         main([*small, f"--run_dir={tmp_path}", "--model.train=memory+lora"])
