@@ -20,11 +20,6 @@ class Correction(nn.Module):
         nn.init.normal_(self.down.weight, std=inputs**-0.5)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What is to be added for x [..., inputs], [..., outputs]."""
-        correction: Tensor = self.up(self.down(x))
-        return correction
-
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Those of `down` and `up` in another type."""
         return self.down.weight.to(dtype), self.up.weight.to(dtype)

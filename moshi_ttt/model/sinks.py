@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moshi_ttt.errors import UserError, check_bounds
 from moshi_ttt.model.lora import AdapterAttention
+from moshi_ttt.model.window import set_window
 
 
 class SinkRing:
@@ -177,9 +178,8 @@ class AttentionControls:
             check_bounds(name, value, least=least)
         if any(attention.is_streaming for attention in self._attentions):
             raise UserError("the model is streaming; its ring cannot change before that ends")
-        self._lm.context = context_steps
+        set_window(self._lm, context_steps)
         for attention in self._attentions:
-            attention.context = context_steps
             attention.sinks = sinks
             if isinstance(attention.rope, _ShiftedRotary):
                 attention.rope.start_position = start_position

@@ -11,7 +11,6 @@ moshi as it is loaded by moshi.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from moshi.models import loaders
 from moshi.models.lm import LMGen, LMModel
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from training7b import free
 
 from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import run_program
@@ -104,9 +104,7 @@ def main(args: Sequence[str] | None = None) -> None:
             found = measure(lm, streams, options.kernels)
             print(f"{kind:9} {streams} streams  {found}", flush=True)
             del lm
-            gc.collect()  # moshi's streaming modules hold themselves in reference cycles
-            torch.cuda.empty_cache()
-            torch.compiler.reset()  # each is compiled for its own shapes
+            free()
 
 
 def _parser() -> ArgumentParser:

@@ -177,6 +177,13 @@ def measure(name: str, row: Row, rate: float, with_operators: bool) -> str:
     )
 
 
+def free() -> None:
+    """Let go of the last model; moshi's streaming modules hold themselves in reference cycles."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.compiler.reset()  # the next is compiled for its own shapes
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Print the table."""
     options = parse(_parser(), args)
@@ -188,9 +195,7 @@ def main(args: Sequence[str] | None = None) -> None:
             print(measure(name, ROWS[name], rate, options.operators), flush=True)
         except torch.cuda.OutOfMemoryError:
             print(f"{name:20} does not fit", flush=True)
-        gc.collect()  # moshi's streaming modules hold themselves in reference cycles
-        torch.cuda.empty_cache()
-        torch.compiler.reset()  # each is compiled for its own shapes
+        free()
 
 
 def _parser() -> ArgumentParser:
