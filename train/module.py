@@ -32,6 +32,7 @@ from moshi_ttt.teacher_forcing.distillation import DistillationConfig, base_outp
 from moshi_ttt.teacher_forcing.losses import LossConfig, magnitude_penalty, read_clips
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from train.carry import Carry
+from train.checkpointing import Checkpointing, choose_checkpointing
 from train.logged import branch_scalars, parameter_counts
 from train.optim import OptimConfig, adamw, apply_settings
 from train.resume import check_resumes, gathered, random_states, restore_random_states
@@ -52,7 +53,8 @@ class MoshiTTT(LightningModule):
         context_steps: Attention window and ring capacity C of the temporal transformer in steps
             of 80 ms, in training and in generation; null keeps the checkpoint's own.
         sinks: First steps that stay visible beside the window, in training and in generation.
-        gradient_checkpointing: Recompute each layer in the backward pass; less memory, more time.
+        gradient_checkpointing: Recompute each layer in the backward pass: less memory, more time.
+            `auto` tries one step beforehand, and does it where the GPU's memory asks for it.
         init_from: Start from trained weights: `tiny` (the memory bundled with that model), or the
             `.safetensors` file of another run; a part of what trains now is enough.
         train: What learns: `memory` or `lora` or `memory+lora` on a frozen Moshi, `base` (Moshi's
@@ -73,7 +75,7 @@ class MoshiTTT(LightningModule):
         dtype: Dtype = "float32",
         context_steps: int | None = None,
         sinks: int = 0,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = "auto",
         init_from: str | None = None,
         train: Trained = "memory",
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
@@ -125,7 +127,9 @@ class MoshiTTT(LightningModule):
         if not hasattr(self, "source"):
             self.check()
         with settings_at("model"):
-            self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
+            self.lm = build_lm(
+                self.config, self.source, self.device, self.gradient_checkpointing is True
+            )
             if self.init_from is not None:
                 start_from(self.lm, self.init_from)
         self.lm.train()  # moshi loads in eval mode and Lightning keeps what it finds
@@ -134,7 +138,9 @@ class MoshiTTT(LightningModule):
         self.val_loss = MeanMetric()
 
     def on_fit_start(self) -> None:
-        """Say how much trains."""
+        """Say how much trains, and what it takes."""
+        if self.gradient_checkpointing == "auto":
+            choose_checkpointing(self, self.trainer)
         counts = parameter_counts(self.lm, self._groups)
         self.print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
         if self.logger is not None:

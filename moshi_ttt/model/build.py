@@ -11,7 +11,7 @@ from torch import nn
 
 from moshi_ttt.errors import check_bounds, check_fields, check_setting, settings_at
 from moshi_ttt.memory import MemoryConfig, resolve_layers
-from moshi_ttt.model.hybrid import add_memory
+from moshi_ttt.model.hybrid import add_memory, hybrid_layers
 from moshi_ttt.model.inspection import LONGEST_CONTEXT_STEPS
 from moshi_ttt.model.lora import LoraConfig, add_lora
 from moshi_ttt.model.sinks import keep_sinks
@@ -101,6 +101,13 @@ def build_lm(
     if config.sinks:
         keep_sinks(lm, config.sinks)
     return lm
+
+
+def recompute_layers(lm: LMModel, recompute: bool) -> None:
+    """Set activation checkpointing of a built model: each layer's forward again in backward."""
+    lm.transformer.checkpointing = lm.depformer.checkpointing = recompute
+    for layer in hybrid_layers(lm).values():
+        layer.branch.recomputed = recompute
 
 
 def trainable_groups(lm: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -12,6 +12,7 @@ from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 from torch.nn import functional as F
 
+from moshi_ttt.compiling import fused
 from moshi_ttt.errors import check_fields
 from moshi_ttt.model.branch import BranchStats
 from moshi_ttt.model.forward import forward, indices
@@ -99,6 +100,11 @@ def token_nll(
             rows = indices(heard, logits.device)
             nll = nll.index_copy(0, rows, token_nll(logits[rows], targets[rows], mask[rows]))
         return nll
+    return _cross_entropy(logits, targets, mask)
+
+
+@fused  # logits in fp32, the largest of all tensors, are never written
+def _cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     valid = logits.masked_fill(~mask[..., None], 0).float().flatten(0, -2)
     known = torch.where(mask, targets, _IGNORED).flatten()
     nll = F.cross_entropy(valid, known, ignore_index=_IGNORED, reduction="none")
