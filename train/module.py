@@ -118,7 +118,7 @@ class MoshiTTT(LightningModule):
             self.source = open_source(self.config.source)
             check_fits(self.config, self.source)
             if self.init_from is not None:
-                check_start(self.init_from, self.source)
+                check_start(self.init_from, self.config, self.source)
 
     def configure_model(self) -> None:
         """Lightning's hook for expensive construction."""
