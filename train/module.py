@@ -33,7 +33,7 @@ from moshi_ttt.teacher_forcing.losses import LossConfig, magnitude_penalty, read
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from train.carry import Carry
 from train.logged import branch_scalars, parameter_counts
-from train.optim import OptimConfig, adamw, apply_settings
+from train.optim import OptimConfig, adamw, apply_settings, clip_gradients
 from train.resume import check_resumes, gathered, random_states, restore_random_states
 
 # the output gate starts at zero and shields the memory behind it until its first update
@@ -52,6 +52,11 @@ class MoshiTTT(LightningModule):
         context_steps: Attention window and ring capacity C of the temporal transformer in steps
             of 80 ms, in training and in generation; null keeps the checkpoint's own.
         sinks: First steps that stay visible beside the window, in training and in generation.
+        thinning: How often older keys are halved within the window's number of keys: with 3, each
+            step sees all of the last two fifths of it, then every second, fourth and eighth step
+            of what is up to three times as far; 0: all within the window.
+        farthest_steps: How far away a key may seem, sinks above all: beyond, its rotation is that
+            of this distance; null: as far as it is.
         gradient_checkpointing: Recompute each layer in the backward pass; less memory, more time.
         init_from: Start from trained weights: `tiny` (the memory bundled with that model), or the
             `.safetensors` file of another run; a part of what trains now is enough.
@@ -73,6 +78,8 @@ class MoshiTTT(LightningModule):
         dtype: Dtype = "float32",
         context_steps: int | None = None,
         sinks: int = 0,
+        thinning: int = 0,
+        farthest_steps: int | None = None,
         gradient_checkpointing: bool = False,
         init_from: str | None = None,
         train: Trained = "memory",
@@ -89,6 +96,8 @@ class MoshiTTT(LightningModule):
                 dtype=dtype,
                 context_steps=context_steps,
                 sinks=sinks,
+                thinning=thinning,
+                farthest_steps=farthest_steps,
                 train=train,
                 memory=memory,
                 lora=lora,
@@ -249,11 +258,7 @@ class MoshiTTT(LightningModule):
         if not (self._fuses and gradient_clip_val):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the groups, and a schedule over all optimizer steps of the run."""

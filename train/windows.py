@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moshi_ttt.errors import UserError, check_bounds
+from moshi_ttt.model.sinks import check_thinning
 from moshi_ttt.model.window import set_window
 
 
@@ -42,6 +43,8 @@ class RandomWindows(Callback):
         """Remember the window that the model has."""
         module: Any = pl_module
         self._own_steps = module.lm.context
+        if self.shortest_steps is not None:
+            check_thinning("model.thinning", module.config.thinning, self.shortest_steps)
 
     def draw(self, step: int, batch: int) -> int:
         """The window of a batch of an optimizer step."""

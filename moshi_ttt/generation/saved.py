@@ -17,7 +17,7 @@ from moshi.modules.transformer import RingKVCache
 from torch import Tensor
 
 from moshi_ttt.errors import UserError
-from moshi_ttt.model.sinks import SinkRing
+from moshi_ttt.model.kept import KeptRing
 
 SavedStream = dict[str, Tensor | int]
 """Values by module and name; plain enough for `torch.load(..., weights_only=True)`."""
@@ -41,7 +41,7 @@ def load_stream(lm_gen: LMGen, saved: SavedStream) -> None:
     Every value is written where the present one lies, so that captured CUDA graphs see it.
 
     Raises:
-        UserError: the stream saved is of another shape: streams, ring, sinks, memory; nothing has
+        UserError: the stream saved is of another shape: streams, ring, memory; nothing has
             been changed then.
     """
     present = list(_values(lm_gen))
@@ -80,5 +80,5 @@ def _below(path: str, holder: Any) -> Iterator[tuple[str, Any, str, Tensor | int
     for key, value in items.items():
         if isinstance(value, Tensor) or type(value) is int:
             yield f"{path}.{key}", holder, key, value
-        elif isinstance(value, (dict, State, RingKVCache, SinkRing)):
+        elif isinstance(value, (dict, State, RingKVCache, KeptRing)):
             yield from _below(f"{path}.{key}", value)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moshi_ttt.compiling import fused
+from moshi_ttt.model.kept import Kept
 
 
 class ParallelAttention(StreamingMultiheadAttention):
@@ -31,6 +32,10 @@ class ParallelAttention(StreamingMultiheadAttention):
 
     sinks: int = 0
     """First positions that every later one sees beside its window."""
+    thinning: int = 0
+    """How often older keys are halved within the same number of keys, as `Kept` has it."""
+    farthest_steps: int | None = None
+    """How far away a key may seem: the rotation between it and a query ends there."""
 
     @classmethod
     def adopt(cls, attention: StreamingMultiheadAttention) -> Self:
@@ -48,7 +53,8 @@ class ParallelAttention(StreamingMultiheadAttention):
         )
         adopted.in_projs = attention.in_projs
         adopted.out_projs = attention.out_projs
-        adopted.sinks = getattr(attention, "sinks", 0)
+        for name in ("sinks", "thinning", "farthest_steps"):
+            setattr(adopted, name, getattr(attention, name, getattr(cls, name)))
         return adopted.train(attention.training)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -63,22 +69,22 @@ class ParallelAttention(StreamingMultiheadAttention):
         if state is not None or self.weights_per_step or not self.causal:
             attended: Tensor = super().forward(query, key, value)
             return attended
-        projected = self.in_projs[0](query)
-        channels = self.embed_dim // self.num_heads
-        q, k, v = (
-            part.unflatten(-1, (-1, channels)).transpose(1, 2)
-            for part in projected.split(self._widths(projected.shape[-1]), dim=-1)
-        )
+        q, k, v = self._projected(query)
+        unrotated = q, k
         if self.rope:
             start = torch.zeros(rows, device=query.device, dtype=torch.long)
             q, k = self.rope(q, k, start, time_before_heads=False)
-        k, v, _ = self._complete_kv(k, v)
-        if self.kv_repeat > 1:
-            k, v = (expand_repeated_kv(one, self.kv_repeat) for one in (k, v))
-        if self.context is not None and 2 * self.context < steps:
-            y = _in_blocks(q, k, v, self.context, self.sinks)
+        kept = None if self.context is None else self.kept
+        if kept is not None and self._bounds(kept, steps):
+            y = self._bounded(kept, q, k, v, *unrotated)
+        elif kept is not None and 2 * kept.capacity < steps and not kept.thinning:
+            y = _in_blocks(q, *self._repeated(k, v), kept.capacity, kept.sinks)
         else:
-            mask = self._window(steps, query.device)
+            mask = None
+            if kept is not None and kept.window < steps:
+                position = torch.arange(steps, device=query.device)
+                mask = kept.seen(position[:, None], position)
+            k, v = self._repeated(k, v)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.out_projs[0](y.transpose(1, 2).flatten(2))
 
@@ -94,12 +100,8 @@ class ParallelAttention(StreamingMultiheadAttention):
 
     def _next_step(self, query: Tensor, state: Any) -> Tensor:
         """Attention of one step to what the ring holds, [B, 1, D]."""
-        projected = self.in_projs[0](query)
-        channels, ring = self.embed_dim // self.num_heads, state.kv_cache
-        q, k, v = (
-            part.unflatten(-1, (-1, channels)).transpose(1, 2)
-            for part in projected.split(self._widths(projected.shape[-1]), dim=-1)
-        )
+        q, k, v = self._projected(query)
+        ring = state.kv_cache
         if self.rope:
             q, k = self.rope(q, k, state.offset, time_before_heads=False)
         slots, mask = _turn(
@@ -109,10 +111,7 @@ class ParallelAttention(StreamingMultiheadAttention):
         ring.cache[0].scatter_(2, slots, k)
         ring.cache[1].scatter_(2, slots, v)
         state.offset_cpu += 1
-        k, v = ring.cache
-        if self.kv_repeat > 1:
-            k, v = (expand_repeated_kv(one, self.kv_repeat) for one in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask)
+        y = F.scaled_dot_product_attention(q, *self._repeated(*ring.cache), mask)
         return self.out_projs[0](y.transpose(1, 2).flatten(2))
 
     def _next_codebook(self, query: Tensor, state: Any) -> Tensor:
@@ -131,18 +130,70 @@ class ParallelAttention(StreamingMultiheadAttention):
         state.offset_cpu += 1
         return self.out_projs[weights](y.transpose(1, 2).flatten(2))
 
-    def _widths(self, projected: int) -> list[int]:
-        """Channels of queries, keys and values."""
-        shared = (projected - self.embed_dim) // 2
-        return [self.embed_dim, shared, shared]
+    def _projected(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of T steps, [B, H, T, channels] each."""
+        projected = self.in_projs[0](query)
+        shared = (projected.shape[-1] - self.embed_dim) // 2
+        parts = projected.split([self.embed_dim, shared, shared], dim=-1)
+        channels = self.embed_dim // self.num_heads
+        q, k, v = (part.unflatten(-1, (-1, channels)).transpose(1, 2) for part in parts)
+        return q, k, v
 
-    def _window(self, steps: int, device: torch.device) -> Tensor | None:
-        """What each step sees, [T, T]; None for all that is not ahead of it."""
-        if self.context is None or self.context >= steps:
-            return None
-        position = torch.arange(steps, device=device)
-        distance = position[:, None] - position
-        return (distance >= 0) & ((distance < self.context) | (position < self.sinks))
+    def _repeated(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """One key and value for each query head."""
+        if self.kv_repeat == 1:
+            return k, v
+        return expand_repeated_kv(k, self.kv_repeat), expand_repeated_kv(v, self.kv_repeat)
+
+    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` [B, H, T, channels], each step as at a position of its own, [B or 1, T]."""
+        rows, heads, steps, channels = x.shape
+        # moshi rotates consecutive positions: each step is a row here
+        x = x.transpose(1, 2).reshape(-1, heads, 1, channels)
+        assert self.rope is not None
+        x, _ = self.rope(x, x, positions.expand(rows, -1).flatten(), time_before_heads=False)
+        return x.view(rows, steps, heads, channels).transpose(1, 2)
+
+    @property
+    def kept(self) -> Kept:
+        """Which keys a query sees; there is a context."""
+        assert self.context is not None
+        return Kept(self.context, self.sinks, self.thinning)
+
+    def _bounds(self, kept: Kept, steps: int) -> bool:
+        """Whether one of T steps sees a key from further away than keys may seem."""
+        most = self.farthest_steps
+        return most is not None and most + 1 < steps and bool(kept.sinks or kept.further(most))
+
+    def _bounded(
+        self, kept: Kept, q: Tensor, k: Tensor, v: Tensor, q_unrotated: Tensor, k_unrotated: Tensor
+    ) -> Tensor:
+        """Attention in which no key seems too far away, [B, H, T, channels].
+
+        Each key that is seen from further away is there once more, for these queries alone: they
+        are rotated by the largest distance and it is not, in channels of their own, so that one
+        attention weighs both.
+        """
+        most, steps, channels = self.farthest_steps, *q.shape[-2:]
+        assert most is not None
+        position = torch.arange(steps, device=q.device)
+        end = steps - 1 - most  # of the keys that any query is so far from
+        ranges = [slice(0, min(kept.sinks, end))]
+        ranges += [slice(first, end, stride) for first, stride, _ in kept.further(most)]
+
+        def far(x: Tensor) -> Tensor:
+            return torch.cat([x[..., one, :] for one in ranges], dim=-2)
+
+        k_far = far(k_unrotated)
+        k_far = self._rotated(k_far, position.new_zeros(1, k_far.shape[2]))
+        k = torch.cat([F.pad(k, (0, channels)), F.pad(k_far, (channels, 0))], dim=2)
+        away = self._rotated(q_unrotated, position.new_full((1, steps), most))
+        seen = kept.seen(position, position[:, None])  # keys first
+        near = position - position[:, None] <= most
+        mask = torch.cat([seen & near, far(seen & ~near)]).mT
+        k, v = self._repeated(k, torch.cat([v, far(v)], dim=2))
+        q = torch.cat([q, away], dim=-1)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=channels**-0.5)
 
 
 @fused
