@@ -52,11 +52,9 @@ class MoshiTTT(LightningModule):
         context_steps: Attention window and ring capacity C of the temporal transformer in steps
             of 80 ms, in training and in generation; null keeps the checkpoint's own.
         sinks: First steps that stay visible beside the window, in training and in generation.
-        thinning: How often older keys are halved within the window's number of keys: with 3, each
-            step sees all of the last two fifths of it, then every second, fourth and eighth step
-            of what is up to three times as far; 0: all within the window.
-        farthest_steps: How far away a key may seem, sinks above all: beyond, its rotation is that
-            of this distance; null: as far as it is.
+        thinning: How often older keys are halved, with as many keys as the window has: 3 sees two
+            fifths of it whole, then every 2nd, 4th, 8th step, three times as far; 0: all of it.
+        farthest_steps: How far away a key, e.g. a sink, may seem; null: as far as it is.
         gradient_checkpointing: Recompute each layer in the backward pass; less memory, more time.
         init_from: Start from trained weights: `tiny` (the memory bundled with that model), or the
             `.safetensors` file of another run; a part of what trains now is enough.
@@ -139,6 +137,8 @@ class MoshiTTT(LightningModule):
                 start_from(self.lm, self.init_from)
         self.lm.train()  # moshi loads in eval mode and Lightning keeps what it finds
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        with settings_at("model.loss"):
+            self.loss_config.check_fits(self.lm.context, data.clip_steps)
         self.val_nll = PositionNLL(data.clip_steps, windows=1)
         self.val_loss = MeanMetric()
 
