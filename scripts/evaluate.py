@@ -4,6 +4,7 @@
     python scripts/evaluate.py --checkpoint last.ckpt --context_steps 500  # another window
     python scripts/evaluate.py --checkpoint last.ckpt --sinks 4 --inner_rate 0.5
     python scripts/evaluate.py --checkpoint last.ckpt --thinning 3  # older keys thinned out
+    python scripts/evaluate.py --checkpoint last.ckpt --run.chunk_sec 15  # in chunks
     python scripts/evaluate.py --model tiny --seconds 120
     python scripts/evaluate.py --model tiny --log_interval 100 | grep event=ring_turn
     python scripts/evaluate.py --model tiny --input me.wav --output moshi.wav   # what it answers

@@ -7,16 +7,18 @@ And it ends at the `LMGen`, whose model streams apart. So only values travel, in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from moshi.models.lm import LMGen
+from moshi.models.lm import LMGen, LMModel
 from moshi.modules.streaming import State
 from moshi.modules.transformer import RingKVCache
 from torch import Tensor
 
 from moshi_ttt.errors import UserError
+from moshi_ttt.memory import MemoryState
+from moshi_ttt.model.hybrid import HybridLayer, hybrid_layers
 from moshi_ttt.model.kept import KeptRing
 
 SavedStream = dict[str, Tensor | int]
@@ -58,6 +60,28 @@ def load_stream(lm_gen: LMGen, saved: SavedStream) -> None:
             value.copy_(new)
         else:
             setattr(holder, key, new)
+
+
+def save_memories(lm: LMModel) -> dict[int, MemoryState]:
+    """Copy the memories of a model that streams, by layer."""
+    return {
+        index: {name: value.clone() for name, value in _memory(layer).items()}
+        for index, layer in hybrid_layers(lm).items()
+    }
+
+
+@torch.no_grad()
+def load_memories(lm: LMModel, saved: Mapping[int, MemoryState]) -> None:
+    """Give some layers of a model that streams the memories that `save_memories` copied."""
+    for index, memory in saved.items():
+        present = _memory(hybrid_layers(lm)[index])
+        for name, value in memory.items():
+            present[name].copy_(value)
+
+
+def _memory(layer: HybridLayer) -> MemoryState:
+    memory: MemoryState = layer.branch.get_streaming_state()[""].memory
+    return memory
 
 
 def _shape(key: str, value: Tensor | int) -> object:
