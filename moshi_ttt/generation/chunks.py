@@ -39,7 +39,7 @@ class Seams:
     that it learns no step twice.
 
     Args:
-        chunks: where the seams are.
+        chunks: where the seams are; None: nowhere.
         lm_gen: the generation; it streams.
         read: takes a step, forced to what was said in it if it has been taken before.
         observers: are told what is read again.
@@ -47,7 +47,7 @@ class Seams:
 
     def __init__(
         self,
-        chunks: Chunks,
+        chunks: Chunks | None,
         lm_gen: LMGen,
         read: Callable[[int], None],
         observers: Sequence[Observer],
@@ -59,6 +59,8 @@ class Seams:
     def before(self, step: int) -> None:
         """To be called before each step."""
         chunks, lm = self._chunks, self._lm_gen.lm_model
+        if chunks is None:
+            return
         if chunks.keep_memory and (step + chunks.reprompt_steps) % chunks.steps == 0:
             self._memories = save_memories(lm)
         if step == 0 or step % chunks.steps:

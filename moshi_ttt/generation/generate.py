@@ -79,10 +79,8 @@ def generate(
         lm: model in eval mode; call inside `borrowed`.
         prompt: [S, K, P] codes of P forced steps; -1 leaves a value to be sampled.
         user: [S, K_user, T] user codes of every step, prompt included; T is the length.
-        temperature: of audio sampling.
-        text_temperature: of text sampling.
-        top_k: of audio sampling.
-        top_k_text: of text sampling.
+        temperature, top_k: of audio sampling.
+        text_temperature, top_k_text: of text sampling.
         chunks: where attention begins afresh; None goes on with what its rings hold.
         observers: watch the whole run; after each step they are called in this order.
 
@@ -106,14 +104,13 @@ def generate(
         said.step = step
         lm_gen.step(user[:, :, max(0, step - 1), None])
 
-    seams = None if chunks is None else Seams(chunks, lm_gen, read, observers)
+    seams = Seams(chunks, lm_gen, read, observers)
     with fitting_threads(lm), ExitStack() as scope:
         scope.enter_context(lm_gen.streaming(streams))
         for observer in observers:
             scope.enter_context(observer.attached())
         for step in range(steps):
-            if seams is not None:
-                seams.before(step)
+            seams.before(step)
             read(step)
             for observer in observers:
                 observer.after_step(step)
