@@ -165,6 +165,8 @@ def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:
         for name, measure in position["measures"].items():
             for place in map(place_tag, position["names"]):
                 scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
+    for name, measure in quality.get("seams", {"measures": {}})["measures"].items():
+        scalars[f"longgen/seam/{name}/change"] = measure["change"]
     return scalars
 
 
