@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moshi_ttt.compiling import fused
+from moshi_ttt.model.blocks import Far, attend
 from moshi_ttt.model.kept import Kept
 
 
@@ -70,22 +71,17 @@ class ParallelAttention(StreamingMultiheadAttention):
             attended: Tensor = super().forward(query, key, value)
             return attended
         q, k, v = self._projected(query)
-        unrotated = q, k
+        far = (
+            self._far(q, k) if self.context is not None and self._bounds(self.kept, steps) else None
+        )
         if self.rope:
             start = torch.zeros(rows, device=query.device, dtype=torch.long)
             q, k = self.rope(q, k, start, time_before_heads=False)
-        kept = None if self.context is None else self.kept
-        if kept is not None and self._bounds(kept, steps):
-            y = self._bounded(kept, q, k, v, *unrotated)
-        elif kept is not None and 2 * kept.capacity < steps and not kept.thinning:
-            y = _in_blocks(q, *self._repeated(k, v), kept.capacity, kept.sinks)
+        k, v = self._repeated(k, v)
+        if self.context is None or (far is None and self.kept.window >= steps):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            mask = None
-            if kept is not None and kept.window < steps:
-                position = torch.arange(steps, device=query.device)
-                mask = kept.seen(position[:, None], position)
-            k, v = self._repeated(k, v)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+            y = attend(self.kept, q, k, v, far)
         return self.out_projs[0](y.transpose(1, 2).flatten(2))
 
     def _streams_alone(self, state: Any) -> bool:
@@ -165,35 +161,16 @@ class ParallelAttention(StreamingMultiheadAttention):
         most = self.farthest_steps
         return most is not None and most + 1 < steps and bool(kept.sinks or kept.further(most))
 
-    def _bounded(
-        self, kept: Kept, q: Tensor, k: Tensor, v: Tensor, q_unrotated: Tensor, k_unrotated: Tensor
-    ) -> Tensor:
-        """Attention in which no key seems too far away, [B, H, T, channels].
-
-        Each key that is seen from further away is there once more, for these queries alone: they
-        are rotated by the largest distance and it is not, in channels of their own, so that one
-        attention weighs both.
-        """
-        most, steps, channels = self.farthest_steps, *q.shape[-2:]
-        assert most is not None
-        position = torch.arange(steps, device=q.device)
-        end = steps - 1 - most  # of the keys that any query is so far from
-        ranges = [slice(0, min(kept.sinks, end))]
-        ranges += [slice(first, end, stride) for first, stride, _ in kept.further(most)]
-
-        def far(x: Tensor) -> Tensor:
-            return torch.cat([x[..., one, :] for one in ranges], dim=-2)
-
-        k_far = far(k_unrotated)
-        k_far = self._rotated(k_far, position.new_zeros(1, k_far.shape[2]))
-        k = torch.cat([F.pad(k, (0, channels)), F.pad(k_far, (channels, 0))], dim=2)
-        away = self._rotated(q_unrotated, position.new_full((1, steps), most))
-        seen = kept.seen(position, position[:, None])  # keys first
-        near = position - position[:, None] <= most
-        mask = torch.cat([seen & near, far(seen & ~near)]).mT
-        k, v = self._repeated(k, torch.cat([v, far(v)], dim=2))
-        q = torch.cat([q, away], dim=-1)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=channels**-0.5)
+    def _far(self, q: Tensor, k: Tensor) -> Far:
+        """Queries and keys, both before their rotation, as if they were as far apart as may be."""
+        assert self.farthest_steps is not None
+        steps = q.shape[2]
+        position = torch.zeros(1, steps, device=q.device, dtype=torch.long)
+        far_k = self._rotated(k, position)
+        if self.kv_repeat > 1:
+            far_k = expand_repeated_kv(far_k, self.kv_repeat)
+        most = self.farthest_steps
+        return Far(most, self._rotated(q, position + most), far_k)
 
 
 @fused
@@ -233,34 +210,6 @@ def _turn(
     end_offset.copy_(torch.where(exec_mask, end_offset + 1, end_offset))
     offset.copy_(torch.where(exec_mask, offset + 1, offset))
     return written[:, 0], added[:, None, None]
-
-
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor, context: int, sinks: int) -> Tensor:
-    """Attention to the last `context` steps and to sinks, [B, H, T, channels], in time linear in T.
-
-    A block of `context` queries sees its own keys, those of the block before it, and the sinks.
-    """
-    rows, _, steps, _ = q.shape
-    first = [one[:, :, None, :sinks] for one in (k, v)]
-    padding = (0, 0, 0, -steps % context)
-    q, k, v = (F.pad(one, padding).unflatten(2, (-1, context)) for one in (q, k, v))
-    k, v = (torch.cat([F.pad(one, (0, 0, 0, 0, 1, -1)), one], dim=3) for one in (k, v))
-    blocks = q.shape[2]
-    k, v = (
-        torch.cat([one, sink.expand(-1, -1, blocks, -1, -1)], dim=3)
-        for one, sink in zip((k, v), first, strict=True)
-    )
-    query = torch.arange(context, device=q.device)[:, None]
-    key = torch.arange(2 * context, device=q.device)
-    mask = ((key > query) & (key <= query + context)).repeat(blocks, 1, 1)
-    mask[0, :, :context] = False  # before the first block is nothing
-    position = torch.arange(blocks * context, device=q.device).view(blocks, context, 1)
-    # a sink that is within the window is among its keys
-    left = position - torch.arange(sinks, device=q.device) >= context
-    mask = torch.cat([mask, left], dim=-1)
-    q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, mask.repeat(rows, 1, 1)[:, None])
-    return y.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :steps]
 
 
 def parallel_attention(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from moshi_ttt.compiling import fused
 
+Level = tuple[int, int, int]
+"""Positions that are kept equally long: the first, the stride to the next, and how many."""
 MOST_THINNING = 10
 """Thinned further, a key in a thousand is left."""
 _FOR_GOOD = 2**40  # steps; no stream is as long
@@ -52,8 +54,8 @@ class Kept:
     thinning: int = 0
 
     @property
-    def levels(self) -> list[tuple[int, int, int]]:
-        """First position, stride and slots of each kind; what is kept longest comes first."""
+    def levels(self) -> list[Level]:
+        """All positions but the sinks, each once; those that are kept longest come first."""
         # as many odd ones as of twice, four times ..., so that each step back reaches twice as far
         part = self.capacity // (self.thinning + 2)
         return [
@@ -66,7 +68,7 @@ class Kept:
         """Steps all of which are seen, the query's own included."""
         return min(stride * size for _, stride, size in self.levels)
 
-    def further(self, steps: int) -> list[tuple[int, int, int]]:
+    def further(self, steps: int) -> list[Level]:
         """The `levels` whose keys are seen from more than `steps` away."""
         return [(first, by, size) for first, by, size in self.levels if by * size > steps + 1]
 

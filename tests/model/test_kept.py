@@ -114,6 +114,22 @@ def test_a_stream_is_right_through_wraps_resets_and_pauses(
     assert checked > 50
 
 
+@pytest.mark.parametrize(("window", "kept"), KEPT)
+def test_a_clip_of_any_length_is_the_beginning_of_a_longer_one(
+    make_lm: MakeLM, window: int, kept: dict[str, Any]
+) -> None:
+    # as one block, as several, and with a last one that is not full
+    attention = controlled_attention(make_lm, window, **kept)
+    x = torch.randn(2, 6 * window, DIM, dtype=torch.float64)
+    with torch.no_grad():
+        whole = attention(x, x, x)
+        for steps in range(1, 6 * window):
+            part = x[:, :steps]
+            torch.testing.assert_close(
+                attention(part, part, part), whole[:, :steps], atol=1e-6, rtol=1e-5
+            )
+
+
 def test_what_is_ahead_is_not_seen(make_lm: MakeLM) -> None:
     kept = {"sinks": 2, "thinning": 2, "farthest_steps": 8}
     attention = controlled_attention(make_lm, 9, **kept)
