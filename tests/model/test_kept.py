@@ -16,8 +16,10 @@ from attention_fakes import (
 )
 from lm_fakes import MakeLM
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moshi_ttt.model.kept import Kept
+from moshi_ttt.model.rings import ring_of
 from moshi_ttt.model.sinks import keep, windows_alone
 
 ROWS, DIM = 3, HEADS * CHANNELS
@@ -128,6 +130,33 @@ def test_a_clip_of_any_length_is_the_beginning_of_a_longer_one(
             torch.testing.assert_close(
                 attention(part, part, part), whole[:, :steps], atol=1e-6, rtol=1e-5
             )
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would wait for a GPU or depends on data, and so cannot be in a CUDA graph."""
+
+    refused = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "index.Tensor")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(name in str(func) for name in self.refused), func
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_of_a_stream_may_be_part_of_a_cuda_graph(make_lm: MakeLM) -> None:
+    attention = controlled_attention(make_lm, 9, sinks=2, thinning=2, farthest_steps=8)
+    x = torch.randn(ROWS, 1, DIM, dtype=torch.float64)
+    with torch.no_grad(), attention.streaming(ROWS):
+        ring, state = ring_of(attention), attention.get_streaming_state()[""]
+        held = (ring.cache, ring.unrotated, ring.end_offset, state.offset)
+        places = [one.data_ptr() for one in held]
+        for _ in range(30):
+            with NoWaiting():
+                attention(x, x, x)
+        now = (ring.cache, ring.unrotated, ring.end_offset, state.offset)
+        assert [one.data_ptr() for one in now] == places
+        assert ring.end_offset.tolist() == [30] * ROWS
+        with pytest.raises(AssertionError), NoWaiting():
+            ring.end_offset.max().item()
 
 
 def test_what_is_ahead_is_not_seen(make_lm: MakeLM) -> None:
