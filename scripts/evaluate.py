@@ -99,6 +99,7 @@ def _evaluate(subject: Subject, options: Namespace, parser: ArgumentParser) -> P
         "thinning": options.thinning,
         "farthest": options.farthest_steps,
         "rate": options.inner_rate,
+        "chunk": run.chunk_sec,
     }
     changed = "".join(f"_{key}{one:g}" for key, one in changes.items() if one is not None)
     manifest = options.manifest or bundled_held_out(source)
@@ -113,7 +114,7 @@ def _evaluate(subject: Subject, options: Namespace, parser: ArgumentParser) -> P
             recordings,
             run,
             folder,
-            label=subject.label,
+            label=subject.label + run.said,
             trained_steps=subject.trained_steps,
         )
     evaluation = Evaluation.load(folder)

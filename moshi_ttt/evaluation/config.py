@@ -77,6 +77,14 @@ class LongRunConfig:
         check_fields(self, "chunk_sec", above=self.reprompt_sec, remedy=remedy)
         check_fields(self, "prompt_sec", "audio_streams", "log_interval_steps", least=0)
 
+    @property
+    def said(self) -> str:
+        """What a title adds to the name of a model that runs so; nothing as a rule."""
+        if self.chunk_sec is None:
+            return ""
+        memory = "" if self.keep_memory else ", memory not kept"
+        return f", chunks of {self.chunk_sec:g} s{memory}"
+
     def chunks(self, clock: Clock) -> Chunks | None:
         """Where the run is cut, in steps; None: nowhere."""
         if self.chunk_sec is None:

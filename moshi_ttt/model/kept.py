@@ -53,6 +53,9 @@ class Kept:
     sinks: int = 0
     thinning: int = 0
 
+    def __post_init__(self) -> None:
+        assert self.thinning == 0 or self.capacity >= self.thinning + 2, "a part without a slot"
+
     @property
     def levels(self) -> list[Level]:
         """All positions but the sinks, each once; those that are kept longest come first."""

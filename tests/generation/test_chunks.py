@@ -110,6 +110,8 @@ def test_seams_are_far_enough_apart() -> None:
     assert LongRunConfig().chunks(clock) is None
     config = LongRunConfig(chunk_sec=30, reprompt_sec=4, keep_memory=False)
     assert config.chunks(clock) == Chunks(375, 50, False)
+    assert config.said == ", chunks of 30 s, memory not kept"
+    assert LongRunConfig().said == ""
     assert list(Chunks(375, 50).seams(800)) == [375, 750]
     close = dataclasses.replace(config, chunk_sec=4.01)
     assert close.chunks(clock) == Chunks(51, 50, False)
