@@ -56,6 +56,7 @@ def evaluate(
     """
     started_sec = time.monotonic()
     clock, codec = source.clock, source.codec(lm.device)
+    chunks = config.chunks(clock)
     talked = talk(lm, source, codec, recordings, config, label=label, trained_steps=trained_steps)
     if read is None:
         steps, windows = talked.trace.steps, clock.steps(config.nll_window_sec)
@@ -74,6 +75,7 @@ def evaluate(
         starts_word=word_starts(source.tokenizer()),
         cardinality=lm.card,
         codec=codec if audible else None,
+        seams=[] if chunks is None else chunks.seams(talked.trace.steps),
     )
     if config.log_interval_steps:
         log_events((jump.event() for jump in judged.jumps), clock)

@@ -3,7 +3,8 @@
     traces.npz                  every field of the `Trace`
     events.jsonl                rings, critical positions and jumps, one event a line
     nll.json                    teacher-forced loss by position, what `read_teacher_forced` gives
-    quality.json                text and sound around the positions, what `listening.listen` gives
+    quality.json                text and sound around the positions, what `listening.listen` gives,
+                                and at seams, if it was generated in chunks, `seam_measures`
     probes.json                 recall of planted facts by memory and group, what `recall_record`
                                 gives of each, if the recordings held any
     audio/stream_00.wav         a whole stream: left Moshi, right the user

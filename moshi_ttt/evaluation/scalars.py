@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,6 @@ import numpy as np
 from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump, finite_median, ratios_at
 from moshi_ttt.diagnosis.listening import place_tag
 from moshi_ttt.instruments.trace import Trace
-from moshi_ttt.model.rings import CacheSnapshot
 from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.controls import EVERYONE, Recalls, beyond_window
 from moshi_ttt.teacher_forcing.recordings import TeacherForced
@@ -136,7 +136,8 @@ def _ring(trace: Trace) -> dict[str, float]:
     written = written[np.isfinite(written)]
     if not written.size:
         return {"cache/evicted_steps": math.nan, "cache/wraps": math.nan}
-    ring = CacheSnapshot("temporal", int(written.max()), trace.context_steps)
+    temporal = next(ring for ring in trace.rings if ring.role == "temporal")
+    ring = dataclasses.replace(temporal, end_offset=int(written.max()))
     return {"cache/evicted_steps": float(ring.evicted_steps), "cache/wraps": float(ring.wraps)}
 
 
@@ -164,6 +165,8 @@ def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:
         for name, measure in position["measures"].items():
             for place in map(place_tag, position["names"]):
                 scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
+    for name, measure in quality.get("seams", {"measures": {}})["measures"].items():
+        scalars[f"longgen/seam/{name}/change"] = measure["change"]
     return scalars
 
 

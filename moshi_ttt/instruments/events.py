@@ -37,7 +37,7 @@ def cache_events(rings: Sequence[CacheSnapshot], clock: Clock) -> list[Event]:
     """
     groups: dict[tuple[Any, ...], list[CacheSnapshot]] = defaultdict(list)
     for ring in rings:
-        key = (ring.role, ring.capacity, ring.heads, ring.head_dim, ring.sinks)
+        key = (ring.role, ring.capacity, ring.heads, ring.head_dim, ring.kept)
         groups[key].append(ring)
     events = []
     for alike in groups.values():
@@ -49,6 +49,7 @@ def cache_events(rings: Sequence[CacheSnapshot], clock: Clock) -> list[Event]:
             "capacity_sec": None if steps is None else clock.seconds(steps),
             "capacity_legacy_tokens": None if steps is None else clock.legacy_tokens(steps),
             "sinks": ring.sinks,
+            "thinning": ring.thinning,
             "rings": len(alike),
             "heads": ring.heads,
             "head_dim": ring.head_dim,
@@ -66,35 +67,39 @@ def turn_events(
 
     Args:
         end_offset: steps written to each layer's ring after each step of the block, [L, n].
-        rings: the L temporal rings, for their names, capacity and sinks.
+        rings: the L temporal rings, for their names and what they keep.
         clock: of the run.
         first_step: step of the block's first column.
 
     Returns:
-        One event for all rings that turned at the same step.
+        One event for all rings that lost their first step, or turned, at the same step.
     """
     moved: dict[tuple[int, int], list[str]] = defaultdict(list)
-    lost: dict[int, int] = {}
+    losing: dict[tuple[int, int], list[str]] = defaultdict(list)
     for row, ring in enumerate(rings):
-        evicted = end_offset[row].astype(np.int64) - ring.sinks - ring.capacity
+        newest = end_offset[row].astype(np.int64) - 1
+        levels = ring.kept.levels
         # the write that starts a turn is the first one past a multiple of the capacity
-        begins = (evicted > 0) & ((evicted - 1) % ring.capacity == 0)
-        for column, count in zip(np.flatnonzero(begins), evicted[begins].tolist(), strict=True):
-            turn = (count - 1) // ring.capacity + 1
-            moved[first_step + int(column), turn].append(ring.module)
-            lost[turn] = count
-    events = []
+        first, stride, size = levels[0]
+        turns, within = np.divmod(newest - first, stride * size)
+        for column in np.flatnonzero((turns > 0) & (within == 0)):
+            moved[first_step + int(column), int(turns[column])].append(ring.module)
+        first, stride, size = levels[-1]
+        for column in np.flatnonzero(newest == first + stride * size):
+            losing[first_step + int(column), first].append(ring.module)
+    events = [
+        Event("first_eviction", step, {"modules": modules, "lost_step": lost_step})
+        for (step, lost_step), modules in sorted(losing.items())
+    ]
     for (step, turn), modules in sorted(moved.items()):
-        if turn == 1:
-            lost_step = rings[0].sinks
-            events.append(
-                Event("first_eviction", step, {"modules": modules, "lost_step": lost_step})
-            )
+        ring = next(ring for ring in rings if ring.module == modules[0])
+        first, stride, size = ring.kept.levels[0]
+        lost = dataclasses.replace(ring, end_offset=first + turn * stride * size + 1).evicted_steps
         detail = {
             "turn": turn,
-            "lost_steps": lost[turn],
-            "lost_sec": clock.seconds(lost[turn]),
-            "lost_legacy_tokens": clock.legacy_tokens(lost[turn]),
+            "lost_steps": lost,
+            "lost_sec": clock.seconds(lost),
+            "lost_legacy_tokens": clock.legacy_tokens(lost),
             "modules": modules,
         }
         events.append(Event("ring_turn", step, detail))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from moshi.modules.streaming import StreamingModule
 from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import Tensor, nn
+
+from moshi_ttt.model.kept import Kept
 
 
 def attention_of(layer: nn.Module) -> StreamingMultiheadAttention:
@@ -27,7 +28,7 @@ def snapshot(name: str, ring: Any, end_offset: int, positions_per_step: int = 1)
     Args:
         name: path of the attention that owns it.
         ring: a `RingKVCache`, or one with the same `cache` [2, B, H, slots, Dh] and `capacity`;
-            it never evicts the first `sinks` positions if it has such an attribute.
+            what it keeps besides, `sinks` and `thinning`, it has as attributes.
         end_offset: positions written since reset.
         positions_per_step: 2 for Mimi's transformers, which run at 25 Hz; 4 for the tiny codec's.
     """
@@ -40,6 +41,7 @@ def snapshot(name: str, ring: Any, end_offset: int, positions_per_step: int = 1)
         head_dim=0 if cache is None else cache.shape[4],
         size_bytes=0 if cache is None else cache.numel() * cache.element_size(),
         sinks=int(getattr(ring, "sinks", 0)),
+        thinning=int(getattr(ring, "thinning", 0)),
         positions_per_step=positions_per_step,
     )
 
@@ -67,15 +69,10 @@ def ring_snapshots(
 def held_positions(ring: Any) -> Tensor:
     """Position that each slot holds after the last write, [B, slots]; -1 where it is empty.
 
-    Slots are laid out as `CacheSnapshot` says.
+    Slots are laid out as `Kept` says.
     """
-    sinks = int(getattr(ring, "sinks", 0))
-    end = ring.end_offset.view(-1, 1)
-    newest = end - sinks - 1  # counted from the first position that is no sink
-    ages = (newest - torch.arange(ring.capacity, device=end.device)) % ring.capacity
-    turning = torch.where(ages <= newest, end - 1 - ages, -1)
-    kept = torch.arange(sinks, device=end.device)
-    return torch.cat([torch.where(kept < end, kept, -1), turning], dim=1)
+    kept = Kept(ring.capacity, *(getattr(ring, name, 0) for name in ("sinks", "thinning")))
+    return kept.slots(ring.end_offset.device).held(ring.end_offset - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,8 @@ class CacheSnapshot:
     """One KV ring as it stands after a number of steps.
 
     Position p is written to slot p modulo capacity; sinks, if there are any, have slots of their
-    own before these. Ranges are [first, last], both included.
+    own before these. With `thinning`, slots are laid out as `Kept` says. Ranges are [first, last],
+    both included.
     """
 
     module: str
@@ -97,6 +95,13 @@ class CacheSnapshot:
     """First positions that are never evicted; 0 in moshi's own rings."""
     positions_per_step: int = 1
     """Positions that one step writes: 2 in Mimi's transformers (25 Hz)."""
+    thinning: int = 0
+    """How often older keys are halved; 0 in moshi's own rings."""
+
+    @property
+    def kept(self) -> Kept:
+        """Which keys it has."""
+        return Kept(self.capacity, self.sinks, self.thinning)
 
     @property
     def role(self) -> str:
@@ -107,36 +112,40 @@ class CacheSnapshot:
     @property
     def evicted_steps(self) -> int:
         """Steps that have been overwritten and can no longer be attended to."""
-        return max(0, self.end_offset - self.sinks - self.capacity)
+        newest, levels = self.end_offset - 1, self.kept.levels
+        return sum(max(0, (newest - first) // by + 1 - size) for first, by, size in levels)
 
     @property
     def wraps(self) -> int:
         """Completed turns of the ring: times a write went back to its first slot."""
-        return max(0, self.end_offset - self.sinks - 1) // self.capacity
+        first, stride, size = self.kept.levels[0]
+        return max(0, self.end_offset - 1 - first) // (stride * size)
 
     @property
     def valid_positions(self) -> tuple[int, int] | None:
         """The newest positions, all of them held; None while the ring is empty.
 
-        Sinks are held besides.
+        Sinks are held besides, and some of those that are thinned out.
         """
         if self.end_offset == 0:
             return None
-        return (0 if self.evicted_steps == 0 else self.end_offset - self.capacity), (
-            self.end_offset - 1
-        )
+        first = 0 if self.evicted_steps == 0 else self.end_offset - self.kept.window
+        return first, self.end_offset - 1
 
     @property
     def lost_positions(self) -> tuple[int, int] | None:
-        """Positions that were held once and are no longer; None if there are none."""
-        if self.evicted_steps == 0:
-            return None
-        return self.sinks, self.sinks + self.evicted_steps - 1
+        """Positions that were held once, none of which still is; None if there are none."""
+        first, stride, size = self.kept.levels[0]
+        last = self.end_offset - 1 - stride * size
+        return None if last < first else (first, last)
 
     @property
     def overwritten_slots(self) -> tuple[int, int] | None:
-        """Slots that the present turn of the ring has written over; None in the first turn."""
-        if self.evicted_steps == 0:
+        """Slots that the present turn of the ring has written over; None in the first turn.
+
+        None as well where parts of the ring turn by themselves.
+        """
+        if self.evicted_steps == 0 or self.thinning:
             return None
         return self.sinks, self.sinks + (self.evicted_steps - 1) % self.capacity
 
@@ -153,6 +162,7 @@ class CacheSnapshot:
             "lost_positions": self.lost_positions,
             "overwritten_slots": self.overwritten_slots,
             "sinks": self.sinks,
+            "thinning": self.thinning,
             "heads": self.heads,
             "head_dim": self.head_dim,
             "size_bytes": self.size_bytes,

@@ -19,7 +19,7 @@ from moshi_ttt.files import write_bytes
 from moshi_ttt.instruments.critical import WHY
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
-from moshi_ttt.report.audible import audible_section
+from moshi_ttt.report.audible import audible_section, seam_section
 from moshi_ttt.report.comparison import comparison_section
 from moshi_ttt.report.figures import evaluation_pictures, png, png_of
 from moshi_ttt.report.headline import headline
@@ -82,6 +82,7 @@ def write_report(
         body += ["<h2>Across the evaluations</h2>", *_comparison(traces, dict(shown))]
     body += [
         *audible_section(latest.quality, latest.cuts),
+        *seam_section(latest.quality),
         *_audio({labels[-1]: latest, labels[0]: evaluations[0]}.items()),
         "<h2>Attention rings at the end</h2>",
         rings_table(latest.summary["rings"], trace.clock),
