@@ -1,6 +1,6 @@
 """Is a jump audible? Measures of text and sound before and after each critical position.
 
-Writes nothing and reads no file: an evaluation gives it a finished trace and a codec, and stores
+Writes nothing and reads no file: an evaluation gives it a finished trace and its sound, and stores
 what comes back as `quality.json` and short sound files.
 """
 
@@ -18,6 +18,7 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.data.codes import decode_recording
 from moshi_ttt.diagnosis.jumps import Jump
 from moshi_ttt.diagnosis.quality import (
+    Measure,
     around,
     audio_measures,
     codes_measures,
@@ -30,7 +31,6 @@ from moshi_ttt.instruments.trace import Trace
 
 Windows = tuple[tuple[int, int], tuple[int, int]]
 """Before and after a position, each [first, stop) in steps."""
-LEAD_SEC = 2.0  # decoded before a window and dropped, so that the codec has settled
 PIECE_STARTS_WORD = "\u2581"  # sentencepiece's mark of a blank
 
 
@@ -40,11 +40,11 @@ def word_starts(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
     return np.array([piece.startswith(PIECE_STARTS_WORD) for piece in pieces])
 
 
-def decode(codec: MimiModel, codes: np.ndarray, lead_steps: int = 0) -> np.ndarray:
-    """Sound of `codes` [N, Q, n], [N, samples] within -1..1, without its first `lead_steps`."""
+def decode(codec: MimiModel, codes: np.ndarray) -> np.ndarray:
+    """Sound of `codes` [N, Q, n], [N, samples] within -1..1."""
     # one by one: what a CPU decodes at once soon leaves its cache
     audio = torch.stack([decode_recording(codec, row) for row in torch.from_numpy(codes)])
-    sound: np.ndarray = audio[:, lead_steps * codec.frame_size :].clamp(-1, 1).numpy()
+    sound: np.ndarray = audio.clamp(-1, 1).numpy()
     return sound
 
 
@@ -65,7 +65,7 @@ def listen(
     window_steps: int,
     starts_word: np.ndarray,
     cardinality: int,
-    codec: MimiModel | None,
+    sound: np.ndarray | None,
 ) -> dict[str, Any]:
     """Content of `quality.json`.
 
@@ -76,10 +76,10 @@ def listen(
         window_steps: length of the windows before and after a position.
         starts_word: what `word_starts` says of the tokenizer.
         cardinality: entries of a codebook.
-        codec: turns the codes into sound; None if they have none.
+        sound: of all streams, [S, samples]; None if the codes have none.
 
     Returns:
-        `window_steps`, `window_sec`; `audible`, whether there was a codec; `whole`, means over
+        `window_steps`, `window_sec`; `audible`, whether there was sound; `whole`, means over
         streams of the text and code measures of all that came after the prompt; `positions`, each
         with `names`, `step`, `seconds`, `legacy_token`, the windows `before` and `after` ([first,
         stop) in steps) and `measures` by name, as `quality.compare` gives them.
@@ -97,8 +97,8 @@ def listen(
 
     def measures_around(windows: Windows) -> dict[str, dict[str, float]]:
         measures = measure_around(windows, streams, tokens_and_codes)
-        if codec is not None:
-            measures |= _audio_around(trace, codec, windows)
+        if sound is not None:
+            measures |= measure_around(windows, streams, _audio(sound, clock))
         # the loss is one value over all recordings, so it has no streams to pair
         return measures | measure_around(windows, 1, lambda _, *window: nll_measures(nll, *window))
 
@@ -112,10 +112,20 @@ def listen(
     return {
         "window_steps": window_steps,
         "window_sec": clock.seconds(window_steps),
-        "audible": codec is not None,
+        "audible": sound is not None,
         "whole": {name: float(np.mean([one[name] for one in whole])) for name in whole[0]},
         "positions": positions,
     }
+
+
+def _audio(sound: np.ndarray, clock: Clock) -> Measure:
+    """Audio measures of streams whose sound is [S, samples]."""
+
+    def measure(stream: int, first: int, stop: int) -> dict[str, float]:
+        cut = slice(first * clock.samples_per_step, stop * clock.samples_per_step)
+        return audio_measures(sound[stream, cut], clock.sample_rate)
+
+    return measure
 
 
 def _place(names: Sequence[str], step: int, windows: Windows, clock: Clock) -> dict[str, Any]:
@@ -128,21 +138,6 @@ def _place(names: Sequence[str], step: int, windows: Windows, clock: Clock) -> d
         "before": windows[0],
         "after": windows[1],
     }
-
-
-def _audio_around(trace: Trace, codec: MimiModel, windows: Windows) -> dict[str, dict[str, float]]:
-    """Audio measures of all streams; both windows come from one stretch of sound."""
-    clock, (first, stop) = trace.clock, (windows[0][0], windows[1][1])
-    lead_steps = min(first, clock.steps(LEAD_SEC))
-    sound = decode(codec, trace.codes[:, :, first - lead_steps : stop], lead_steps)
-
-    def measure(stream: int, begin: int, end: int) -> dict[str, float]:
-        cut = slice(
-            (begin - first) * clock.samples_per_step, (end - first) * clock.samples_per_step
-        )
-        return audio_measures(sound[stream, cut], clock.sample_rate)
-
-    return measure_around(windows, len(sound), measure)
 
 
 def cut_outs(quality: Mapping[str, Any], wav: np.ndarray, samples_per_step: int) -> dict[str, Any]:

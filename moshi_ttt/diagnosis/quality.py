@@ -142,19 +142,34 @@ def running_text(
         which had been said within as many steps before it, [S, n], NaN while nothing was said.
     """
     said = ~np.isin(tokens, padding_ids)
-    again = np.zeros_like(said)
-    for row, stream in enumerate(tokens):
-        seen: dict[tuple[int, ...], int] = {}
-        spoken = np.flatnonzero(said[row]).tolist()
-        for place in range(TOKENS_PER_N_GRAM - 1, len(spoken)):
-            at = spoken[place]
-            gram = tuple(stream[spoken[place - TOKENS_PER_N_GRAM + 1 : place + 1]].tolist())
-            again[row, at] = at - seen.get(gram, -window_steps - 1) <= window_steps
-            seen[gram] = at
+    rows = zip(tokens, said, strict=True)
+    again = np.stack([said_again(*row, window_steps) for row in rows])
     spoken_steps, again_steps = (_running_sum(flags, window_steps) for flags in (said, again))
     steps = np.minimum(np.arange(1, tokens.shape[1] + 1), window_steps)
     with np.errstate(invalid="ignore"):
         return 1 - spoken_steps / steps, again_steps / np.where(spoken_steps, spoken_steps, np.nan)
+
+
+def said_again(tokens: np.ndarray, said: np.ndarray, look_back_steps: int) -> np.ndarray:
+    """Whether a trigram ends at a step that had been said before.
+
+    Args:
+        tokens: one a step, [n].
+        said: the steps that count, [n]; trigrams reach over the others.
+        look_back_steps: how long before, at most.
+
+    Returns:
+        [n], False where nothing is said.
+    """
+    again = np.zeros_like(said)
+    seen: dict[tuple[int, ...], int] = {}
+    spoken = np.flatnonzero(said).tolist()
+    for place in range(TOKENS_PER_N_GRAM - 1, len(spoken)):
+        at = spoken[place]
+        gram = tuple(tokens[spoken[place - TOKENS_PER_N_GRAM + 1 : place + 1]].tolist())
+        again[at] = at - seen.get(gram, -look_back_steps - 1) <= look_back_steps
+        seen[gram] = at
+    return again
 
 
 def _running_sum(flags: np.ndarray, window_steps: int) -> np.ndarray:

@@ -58,27 +58,28 @@ def evaluate(
     clock, codec = source.clock, source.codec(lm.device)
     chunks = config.chunks(clock)
     talked = talk(lm, source, codec, recordings, config, label=label, trained_steps=trained_steps)
-    if read is None:
-        steps, windows = talked.trace.steps, clock.steps(config.nll_window_sec)
-        if config.nll_sec is not None:
-            steps = clock.steps(config.nll_sec)
-        with borrowed(lm, config.seed):
-            heard = recordings[: config.nll_recordings]
-            read = read_teacher_forced(lm, heard, steps, windows)
     # the random 7B borrows a codec with smaller codebooks: most of its tokens have no sound
-    audible = lm.card <= codec.cardinality
+    sound = talked.sound(codec) if lm.card <= codec.cardinality else None
+    with borrowed(lm, config.seed):
+        speech = talked.speech(lm, sound)
+        if read is None:
+            reach_sec = config.nll_sec or clock.seconds(talked.trace.steps)
+            heard = recordings[: config.nll_recordings]
+            window_steps = clock.steps(config.nll_window_sec)
+            read = read_teacher_forced(lm, heard, clock.steps(reach_sec), window_steps)
     judged = judge(
         talked.trace,
         read,
+        speech,
         steps_per_sec=talked.steps_per_sec,
         window_steps=clock.steps(config.quality_window_sec),
         starts_word=word_starts(source.tokenizer()),
         cardinality=lm.card,
-        codec=codec if audible else None,
+        sound=None if sound is None else sound[:, 0],
         seams=[] if chunks is None else chunks.seams(talked.trace.steps),
     )
     if config.log_interval_steps:
         log_events((jump.event() for jump in judged.jumps), clock)
-    sound = talked.sound(codec, config.audio_streams) if audible else []
-    write_folder(folder, talked.trace, judged, sound, time.monotonic() - started_sec)
+    clips = [] if sound is None else [pair.T for pair in sound[: config.audio_streams]]
+    write_folder(folder, talked.trace, judged, clips, time.monotonic() - started_sec)
     return judged.scalars

@@ -5,6 +5,7 @@
     nll.json                    teacher-forced loss by position, what `read_teacher_forced` gives
     quality.json                text and sound around the positions, what `listening.listen` gives,
                                 and at seams, if it was generated in chunks, `seam_measures`
+    segments.json               what of it went bad, and why, what `monitor.flag` gives
     probes.json                 recall of planted facts by memory and group, what `recall_record`
                                 gives of each, if the recordings held any
     audio/stream_00.wav         a whole stream: left Moshi, right the user
@@ -38,7 +39,7 @@ from moshi_ttt.instruments.events import generation_events, write_events
 from moshi_ttt.instruments.trace import Trace
 
 EVENTS, NLL, QUALITY = "events.jsonl", "nll.json", "quality.json"
-PROBES, AUDIO, SUMMARY = "probes.json", "audio", "summary.json"
+SEGMENTS, PROBES, AUDIO, SUMMARY = "segments.json", "probes.json", "audio", "summary.json"
 CONFIG = "config.yaml"
 """The settings, in the folder of a run or of scripts/evaluate.py."""
 CUT = "_at_"  # between the name of a stream and that of a position
@@ -66,6 +67,7 @@ def write_folder(
     write_events(folder / EVENTS, events, trace.clock)
     write_json(folder / NLL, judged.read.nll)
     write_json(folder / QUALITY, judged.quality)
+    write_json(folder / SEGMENTS, judged.segments)
     (folder / PROBES).unlink(missing_ok=True)
     if judged.read.recall is not None:
         write_json(folder / PROBES, judged.read.recall)
@@ -177,6 +179,11 @@ class Evaluation:
     def quality(self) -> dict[str, Any]:
         """Content of `quality.json`."""
         return _read_json(self.folder / QUALITY)
+
+    @property
+    def segments(self) -> dict[str, Any] | None:
+        """Content of `segments.json`; None of an evaluation from before there was any."""
+        return self._content(SEGMENTS)
 
     @property
     def audio(self) -> list[Path]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from moshi.models.compression import MimiModel
 
 from moshi_ttt.diagnosis.jumps import Jump, find_jumps
-from moshi_ttt.diagnosis.listening import decode, listen
+from moshi_ttt.diagnosis.listening import listen
+from moshi_ttt.diagnosis.monitor import Speech, flag
 from moshi_ttt.diagnosis.seams import seam_measures
 from moshi_ttt.evaluation.scalars import evaluation_scalars
 from moshi_ttt.instruments.trace import Trace
@@ -27,6 +27,8 @@ class Judgement:
     """What reading the held-out recordings gave."""
     quality: dict[str, Any]
     """Content of `quality.json`."""
+    segments: dict[str, Any]
+    """Content of `segments.json`."""
     scalars: dict[str, float]
     """By TensorBoard tag; NaN where undefined."""
 
@@ -34,24 +36,26 @@ class Judgement:
 def judge(
     trace: Trace,
     read: TeacherForced,
+    speech: Sequence[Speech],
     *,
     steps_per_sec: float,
     window_steps: int,
     starts_word: np.ndarray,
     cardinality: int,
-    codec: MimiModel | None,
+    sound: np.ndarray | None,
     seams: Sequence[int] = (),
 ) -> Judgement:
-    """Find jumps, listen around the positions, and sum up; no model is needed any more.
+    """Find jumps, listen around the positions, flag what went bad, and sum up, without a model.
 
     Args:
         trace: of the generation.
         read: what reading the held-out recordings gave.
+        speech: of every stream; what went bad in it is flagged.
         steps_per_sec: speed of the generation.
         window_steps: length of the windows before and after a position that are listened to.
         starts_word: what `listening.word_starts` says of the tokenizer.
         cardinality: entries of a codebook.
-        codec: turns the codes into sound; None if they have none.
+        sound: of Moshi in all streams, [S, samples]; None if the codes have none.
         seams: steps before which attention began afresh.
     """
     jumps = find_jumps(trace)
@@ -62,7 +66,7 @@ def judge(
         window_steps=window_steps,
         starts_word=starts_word,
         cardinality=cardinality,
-        codec=codec,
+        sound=sound,
     )
     if seams:
         quality["seams"] = seam_measures(
@@ -70,7 +74,12 @@ def judge(
             seams,
             window_steps=window_steps,
             starts_word=starts_word,
-            sound=None if codec is None else decode(codec, trace.codes),
+            sound=sound,
         )
-    scalars = evaluation_scalars(trace, jumps, read, quality, steps_per_sec=steps_per_sec)
-    return Judgement(jumps, read, quality, scalars)
+    first = trace.free_from
+    measures = [
+        one.measures(trace.clock, trace.text_padding_ids, cardinality, first) for one in speech
+    ]
+    segments = flag(measures, trace.clock, first, trace.text_tokens.shape[1])
+    scalars = evaluation_scalars(trace, jumps, read, quality, segments, steps_per_sec=steps_per_sec)
+    return Judgement(jumps, read, quality, segments, scalars)

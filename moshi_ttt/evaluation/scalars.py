@@ -22,6 +22,7 @@ def evaluation_scalars(
     jumps: Sequence[Jump],
     read: TeacherForced,
     quality: Mapping[str, Any],
+    segments: Mapping[str, Any],
     *,
     steps_per_sec: float,
 ) -> dict[str, float]:
@@ -32,13 +33,15 @@ def evaluation_scalars(
         jumps: and growth, found in it.
         read: what reading the held-out recordings gave.
         quality: what `listening.listen` returned.
+        segments: what `monitor.flag` returned.
         steps_per_sec: speed of the generation.
     """
     scalars = position_summary(trace, jumps) | nll_scalars(read.nll)
     if read.recall is not None:
         window_sec = trace.clock.seconds(trace.context_steps)
         scalars |= recall_scalars(read.recall, window_sec)
-    return scalars | quality_scalars(quality) | {"longgen/steps_per_sec": steps_per_sec}
+    shares = {f"longgen/flagged/{reason}": one for reason, one in segments["shares"].items()}
+    return scalars | quality_scalars(quality) | shares | {"longgen/steps_per_sec": steps_per_sec}
 
 
 def position_summary(

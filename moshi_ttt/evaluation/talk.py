@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.diagnosis.listening import decode
+from moshi_ttt.diagnosis.monitor import Speech
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.console import ConsoleLog
 from moshi_ttt.generation.generate import borrowed, generate
@@ -28,6 +30,7 @@ from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.source import ModelSource
 from moshi_ttt.progress import progress
 from moshi_ttt.rows import TEXT_ROW, Rows
+from moshi_ttt.teacher_forcing.nll import step_nll
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,46 @@ class Talk:
         """Speed, for all streams together."""
         return self.trace.steps / self.generating_sec
 
-    def sound(self, codec: MimiModel, streams: int) -> list[np.ndarray]:
-        """The first streams, left Moshi, right the user: [samples, 2] each."""
-        codes, user = self.trace.codes, self.user.numpy()[..., : self.trace.codes.shape[-1]]
-        count = min(streams, len(codes))
-        pairs = zip(codes[:count], user[:count], strict=True)
-        return [decode(codec, np.stack(pair)).T for pair in pairs]
+    def sound(self, codec: MimiModel) -> np.ndarray:
+        """Every stream, Moshi and then the user, [S, 2, samples] of full scale 1."""
+        codes = self.trace.codes
+        # streams of the same prompt hear the same user
+        users, which = np.unique(
+            self.user.numpy()[..., : codes.shape[-1]], axis=0, return_inverse=True
+        )
+        return np.stack([decode(codec, codes), decode(codec, users)[which.ravel()]], axis=1)
+
+    def speech(self, lm: LMModel, sound: np.ndarray | None) -> list[Speech]:
+        """Moshi's side of every stream, which the model reads again to tell its surprise.
+
+        Args:
+            lm: model under test, in eval mode.
+            sound: what `sound` gave; None if the codes have none.
+        """
+        trace, steps = self.trace, self.trace.codes.shape[-1]
+        said = np.concatenate([trace.text_tokens[:, None], trace.codes], axis=1)
+        codes = torch.cat([torch.from_numpy(said), self.user[..., :steps]], dim=1)
+        sounds = [None] * len(codes) if sound is None else sound
+        return [speech_of(lm, *pair) for pair in zip(codes, sounds, strict=True)]
+
+
+def speech_of(lm: LMModel, codes: Tensor, sound: np.ndarray | None) -> Speech:
+    """Moshi's side of a conversation, as a model reads it.
+
+    Args:
+        lm: in eval mode.
+        codes: [K, T].
+        sound: of both sides, [2, samples]; None if the codes have none.
+    """
+    text_nll, sound_nll = (nll.numpy() for nll in step_nll(lm, codes))
+    own = codes[Rows.of(lm).own].numpy()
+    return Speech(
+        text_tokens=codes[TEXT_ROW].numpy(),
+        codes=own,
+        text_nll=text_nll,
+        sound_nll=sound_nll,
+        sound=sound,
+    )
 
 
 def talk(

@@ -21,6 +21,7 @@ from scipy.signal import spectrogram
 from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.report.flagged import flagged_figure
 from moshi_ttt.report.inside import inside_figures
 from moshi_ttt.report.recall import gap_positions, recall_figure
 from moshi_ttt.report.style import (
@@ -74,7 +75,8 @@ def png_of(picture: np.ndarray) -> bytes:
 def evaluation_pictures(evaluation: Evaluation, trace: Trace) -> dict[str, np.ndarray]:
     """Every figure of one evaluation by name, as `pixels` gives it."""
     audio = next(iter(evaluation.audio), None)
-    figures = evaluation_figures(trace, evaluation.jumps, evaluation.nll, evaluation.recall, audio)
+    found = (evaluation.jumps, evaluation.nll, evaluation.recall, audio, evaluation.segments)
+    figures = evaluation_figures(trace, *found)
     return {name: pixels(figure) for name, figure in figures.items()}
 
 
@@ -84,6 +86,7 @@ def evaluation_figures(
     nll: Nll | None,
     recall: Recalls | None,
     audio: Path | None,
+    segments: Mapping[str, Any] | None,
 ) -> dict[str, Figure]:
     """Every figure of one evaluation by name; those without data are left out."""
     figures = {"input_norm": norm_figure(trace, jumps), "heat_map": heat_map_figure(trace, jumps)}
@@ -95,6 +98,8 @@ def evaluation_figures(
         figures["nll"] = nll_figure({trace.label: nll}, [trace])
     if recall is not None:
         figures["recall"] = recall_figure(recall, gap_positions(trace))
+    if segments is not None:
+        figures["flagged"] = flagged_figure(segments, trace)
     if audio is not None:
         figures["audio"] = audio_figure(audio, trace)
     return figures

@@ -22,6 +22,7 @@ from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section, seam_section
 from moshi_ttt.report.comparison import comparison_section
 from moshi_ttt.report.figures import evaluation_pictures, png, png_of
+from moshi_ttt.report.flagged import cues, flagged_section
 from moshi_ttt.report.headline import headline
 from moshi_ttt.report.overlays import comparison_figures
 from moshi_ttt.report.recall_words import recall_finding, recall_numbers
@@ -83,6 +84,7 @@ def write_report(
     body += [
         *audible_section(latest.quality, latest.cuts),
         *seam_section(latest.quality),
+        *flagged_section(latest.segments, trace.clock),
         *_audio({labels[-1]: latest, labels[0]: evaluations[0]}.items()),
         "<h2>Attention rings at the end</h2>",
         rings_table(latest.summary["rings"], trace.clock),
@@ -275,7 +277,7 @@ def _comparison(traces: Mapping[str, Trace], by_label: Mapping[str, Evaluation])
 
 def _audio(evaluations: Iterable[tuple[str, Evaluation]]) -> list[str]:
     players = [
-        html.player(path, f"{label}: {path.stem}")
+        html.player(path, f"{label}: {path.stem}") + "".join(cues(evaluation.segments, path))
         for label, evaluation in evaluations
         for path in evaluation.audio[:PLAYED_CLIPS]
     ]

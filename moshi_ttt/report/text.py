@@ -20,6 +20,8 @@ CAPTIONS = {
     "is growth, blue is decline. Diamonds: layers that take part in a jump.",
     "memory": "What the memory adds to the residual stream, relative to the residual; the gate "
     "that scales it; its norm before the gate; and how often the fast weights were updated.",
+    "flagged": "What of each stream went bad, in windows, and why: grey was looked at, a colour "
+    "says that a measure passes what held-out real speech gives.",
     "contributions": "What attention and the feed-forward block add to the residual stream in "
     "each layer, and the largest single channel of the layer's input: a massive activation that "
     "moves or disappears is seen here before it is seen in the norm.",

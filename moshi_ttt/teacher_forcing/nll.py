@@ -1,4 +1,4 @@
-"""Negative log-likelihood against position, as a torchmetrics metric."""
+"""Negative log-likelihood by step, and against position as a torchmetrics metric."""
 
 from __future__ import annotations
 
@@ -10,8 +10,31 @@ from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 from torchmetrics import Metric
 
+from moshi_ttt.model.forward import forward
 from moshi_ttt.rows import GROUPS, Rows
 from moshi_ttt.teacher_forcing.losses import token_nll
+
+
+@torch.no_grad()
+def step_nll(lm: LMModel, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """How surprising each step is, read in one parallel forward.
+
+    Args:
+        lm: model in eval mode.
+        codes: [K, T] of one conversation.
+
+    Returns:
+        NLL of the text, and mean NLL of Moshi's codebooks that can be predicted, in nats a token;
+        [T] each on the CPU, NaN where nothing can.
+    """
+    rows, codes = Rows.of(lm), codes[None].to(lm.device)
+    output = forward(lm, codes)
+    text = token_nll(output.text_logits, codes[:, rows.text], output.text_mask)
+    sound = token_nll(output.logits, codes[:, rows.own], output.mask)
+    # both are 0 where they are not known
+    pairs = ((text, output.text_mask), (sound, output.mask))
+    text_nll, sound_nll = ((nll.sum(dim=1) / mask.sum(dim=1))[0].cpu() for nll, mask in pairs)
+    return text_nll, sound_nll
 
 
 class PositionNLL(Metric):

@@ -42,7 +42,11 @@ def test_an_evaluation_in_chunks_measures_its_seams(tmp_path: Path) -> None:
     # attention begins afresh with ten steps and the memory goes on
     assert trace.ring_end_offset[0, 0].tolist() == [*range(1, 26), *range(11, 36), *range(11, 36)]
     assert trace.inner_updates[0, 0, -1] == trace.steps == 75
+    found = json.loads((folder / "segments.json").read_text())
+    assert (found["first_step"], found["stop_step"]) == (10, 73)  # a window
+    assert scalars["longgen/flagged/clipping"] == found["shares"]["clipping"]
     page = write_report(tmp_path).read_text()
+    assert "What went bad?" in page
     assert "Do the seams show?" in page
     assert "2 seams in each stream" in page
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]

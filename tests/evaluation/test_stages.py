@@ -25,6 +25,7 @@ from moshi_ttt.evaluation.scalars import nll_scalars, position_summary
 from moshi_ttt.evaluation.talk import Talk, talk
 from moshi_ttt.files import plain
 from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.model.forward import forward
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.report.text import findings
 from moshi_ttt.teacher_forcing.controls import Recalls
@@ -86,11 +87,12 @@ def judged(trace: Trace, recall: Recalls | None = None) -> Judgement:
     return judge(
         trace,
         TeacherForced(NLL, recall, {}),
+        [],
         steps_per_sec=80.0,
         window_steps=60,
         starts_word=np.arange(1000) % 2 == 0,
         cardinality=512,
-        codec=None,
+        sound=None,
     )
 
 
@@ -108,12 +110,22 @@ def test_talking_gives_a_trace_the_user_and_their_sound(
     assert (silence == silence[:, :1]).all()
     assert result.steps_per_sec == STEPS / result.generating_sec
     codec = tiny[0].codec()
-    (sound,) = result.sound(codec, 1)
-    assert sound.shape == ((STEPS - 1) * 1920, 2)
-    assert len(result.sound(codec, 5)) == 2
+    sound = result.sound(codec)
+    assert sound.shape == (2, 2, (STEPS - 1) * 1920)
     with torch.no_grad():
         user = codec.decode(result.user[:1, :, : STEPS - 1])[0, 0].clamp(-1, 1).numpy()
-    np.testing.assert_allclose(sound[:, 1], user, atol=1e-5)
+    np.testing.assert_allclose(sound[:, 1], [user, user], atol=1e-5)
+    # read again with the user that was heard; the delayed codebooks of the last step come too late
+    speech = result.speech(tiny[1], sound)[1]
+    assert (speech.codes == result.trace.codes[1]).all()
+    assert (speech.text_tokens == result.trace.text_tokens[1]).all()
+    codes = torch.cat([torch.from_numpy(speech.codes), result.user[1, :, : STEPS - 1]])
+    codes = torch.cat([torch.from_numpy(speech.text_tokens)[None], codes])[None]
+    with torch.no_grad():
+        logits = forward(tiny[1], codes).text_logits[0, 0]
+    nll = torch.nn.functional.cross_entropy(logits, codes[0, 0], reduction="none")
+    np.testing.assert_allclose(speech.text_nll, nll, atol=1e-5)
+    assert np.isfinite(speech.sound_nll).all()
 
 
 def test_a_silent_user_says_nothing_after_the_prompt(
@@ -160,6 +172,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert evaluation.nll == plain(NLL)
     assert evaluation.recall == RECALL
     assert evaluation.quality == plain(json.loads(json.dumps(plain(result.quality))))
+    assert evaluation.segments == plain(result.segments)
     defined = {tag: value for tag, value in result.scalars.items() if math.isfinite(value)}
     assert evaluation.scalars == defined
     assert evaluation.summary["wall_sec"] == 12.5

@@ -231,7 +231,7 @@ def broken_trace() -> Trace:
 )
 @pytest.mark.filterwarnings("error")
 def test_figures_of_unusual_runs_are_drawn_without_warnings(trace: Trace) -> None:
-    figures = evaluation_figures(trace, find_jumps(trace), None, None, None)
+    figures = evaluation_figures(trace, find_jumps(trace), *[None] * 4)
     figures |= comparison_figures({"a": trace, "b": trace}, *[{"a": None, "b": None}] * 2)
     for figure in figures.values():
         assert pixels(figure).std() > 5
