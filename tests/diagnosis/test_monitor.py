@@ -165,6 +165,7 @@ def test_what_cannot_be_measured_is_undefined_and_never_flagged(steps: int) -> N
 
 def test_the_prompt_is_remembered_and_not_judged() -> None:
     said = np.arange(63) + 4
-    found = flagged(made_up(126, text_tokens=np.r_[said, said]), first=63)
+    found = flagged(made_up(189, text_tokens=np.r_[said, said, said]), first=63)
     (segment,) = found["segments"]
-    assert (segment["reason"], segment["step"], segment["stop_step"]) == ("text_loop", 63, 126)
+    assert (segment["reason"], segment["step"], segment["stop_step"]) == ("text_loop", 126, 189)
+    assert found["shares"]["text_loop"] == 0.5
