@@ -104,7 +104,7 @@ def _growth(growths: Sequence[Jump]) -> dict[str, float]:
 
 
 def _memory(trace: Trace, first: int) -> dict[str, float]:
-    """What each memory adds, from step `first` on, and its inner updates at the end."""
+    """What each memory adds, from step `first` on; its updates and fast weights at the end."""
     scalars: dict[str, float] = {}
     arrays = {
         "branch_ratio": trace.branch_ratio,
@@ -115,8 +115,13 @@ def _memory(trace: Trace, first: int) -> dict[str, float]:
         for name, array in arrays.items():
             # the part that the model generates by itself
             scalars[f"memory/{name}/layer_{layer:02d}"] = finite_median(array[:, index, first:])
-        updates = trace.inner_updates[:, index, -1]
-        scalars[f"memory/inner_updates/layer_{layer:02d}"] = finite_median(updates)
+        ends = {
+            "inner_updates": trace.inner_updates,
+            "fast_weight_norm": trace.fast_weight_norm,
+            "fast_weight_change": trace.fast_weight_change,
+        }
+        for name, array in ends.items():
+            scalars[f"memory/{name}/layer_{layer:02d}"] = finite_median(array[:, index, -1])
     return scalars
 
 

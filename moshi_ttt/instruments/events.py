@@ -24,7 +24,14 @@ from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.rings import CacheSnapshot
 
 PER_LAYER = ("input_norm", "attention_norm", "ffn_norm", "input_max", "input_max_channel")
-PER_MEMORY = ("branch_ratio", "branch_norm", "fast_weight_norm", "write_gate", "forgetting")
+PER_MEMORY = (
+    "branch_ratio",
+    "branch_norm",
+    "fast_weight_norm",
+    "fast_weight_distance",
+    "write_gate",
+    "forgetting",
+)
 PER_STEP = ("text_entropy", "audio_entropy")
 Values = Mapping[str, Any]
 """Arrays by the names of `Trace`, [S, rows, steps] and [S, steps]; `step_ms` [steps]."""

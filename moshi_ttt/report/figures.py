@@ -173,17 +173,15 @@ def heat_map_figure(trace: Trace, jumps: Sequence[Jump]) -> Figure:
 
 @styled
 def memory_figure(trace: Trace) -> Figure:
-    """Branch ratio, gate, raw branch norm and inner updates of the hybrid layers."""
-    figure = Figure(figsize=(10, 6.6))
-    panels = figure.subplots(2, 2, sharex=True)
+    """Branch ratio, and raw branch norm, of the hybrid layers."""
+    figure = Figure(figsize=(10, 5.2))
+    panels = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
     colors = layer_colors(trace.hybrid_layers)
     for axes, (name, array) in zip(
-        panels.flat,
+        panels,
         (
-            ("branch norm / residual norm", trace.branch_ratio),
-            ("gate (RMS over channels)", trace.gate),
-            ("branch norm before the gate", trace.branch_raw_norm),
-            ("inner updates so far", trace.inner_updates),
+            ("branch norm\n/ residual norm", trace.branch_ratio),
+            ("branch norm\nbefore the gate", trace.branch_raw_norm),
         ),
         strict=True,
     ):
@@ -191,13 +189,12 @@ def memory_figure(trace: Trace) -> Figure:
         for layer, curve in zip(trace.hybrid_layers, curves, strict=True):
             axes.plot(curve, color=colors[layer], label=f"layer {layer}")
         axes.set_ylabel(name)
-        first = axes is panels[0, 0]
-        fit_height(axes, np.concatenate(curves), room=0.7 if first else 0.08)
-        mark(axes, trace.critical_steps(), trace.steps, labels=first)
-        top = axes in panels[0]
+        top = axes is panels[0]
+        fit_height(axes, np.concatenate(curves), room=0.7 if top else 0.08)
+        mark(axes, trace.critical_steps(), trace.steps, labels=top)
         position_axis(axes, trace.clock, trace.steps, above=top, below=not top)
-    title(panels[0, 0], "The memory", trace, note_axes=panels[0, 1])
-    legend_below(figure, panels[0, 0])
+    title(panels[0], "What the memory adds", trace)
+    legend_below(figure, panels[0])
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.diagnosis.jumps import Jump, can_be_searched
+from moshi_ttt.diagnosis.jumps import Jump, can_be_searched, finite_median
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.recall import shown_groups
@@ -118,14 +118,22 @@ def _norms(jumps: Sequence[Jump], trace: Trace) -> str:
 
 
 def _memory(trace: Trace) -> str:
-    """How much the memory adds."""
+    """How much the memory adds, and whether its fast weights move."""
     if not trace.hybrid_layers:
         return "There is no memory."
     layer, ratio = loudest_memory(trace)
     if not np.isfinite(ratio):
         return ""
     share = f"{ratio:.1%} of the residual's norm in layer {layer}"
-    return f"The memory adds {share}, where it adds most."
+    change = trace.fast_weight_change[..., -1]
+    moved = change[np.isfinite(change)]
+    if not moved.size:
+        return f"The memory adds {share}, where it adds most."
+    middles = [finite_median(change[:, row]) for row in range(len(trace.hybrid_layers))]
+    far = f"end {np.nanmin(middles):.0%} to {np.nanmax(middles):.0%} of their norm away from"
+    if not moved.any():
+        far = "stay"
+    return f"The memory adds {share}, where it adds most; its fast weights {far} where they began."
 
 
 def _speed(summary: Mapping[str, Any], trace: Trace) -> str:

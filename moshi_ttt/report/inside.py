@@ -54,22 +54,29 @@ def contributions_figure(trace: Trace) -> Figure:
 
 @styled
 def fast_weights_figure(trace: Trace) -> Figure:
-    """Norm of the fast weights, write gate and forgetting of the hybrid layers."""
+    """How far the fast weights have come, their norm, and what writes and forgets them."""
     panels = (
+        ("from where they began\n(L2 norm)", trace.fast_weight_distance),
         ("fast weights\n(L2 norm)", trace.fast_weight_norm),
         ("write gate", trace.write_gate),
         ("forgetting\n(share a step)", trace.forgetting),
+        ("inner updates\nso far", trace.inner_updates),
     )
-    return _stacked(trace, "The memory's fast weights", panels, trace.hybrid_layers)
+    # what the data does not change is said in numbers
+    moving = [one for one in panels[1:] if (np.ptp(one[1], axis=-1) > 0).any()]
+    return _stacked(trace, "The memory's fast weights", [panels[0], *moving], trace.hybrid_layers)
 
 
 def _stacked(
     trace: Trace, name: str, panels: Sequence[tuple[str, np.ndarray]], layers: Sequence[int]
 ) -> Figure:
     """Panels [S, rows, T] under each other, one curve for each of `layers`."""
-    figure = Figure(figsize=(10, 7))
+    smaller = [1] * (len(panels) - 1)
+    figure = Figure(figsize=(10, 3.1 + 1.3 * len(panels)))
     colors = layer_colors(layers)
-    axes_of = figure.subplots(len(panels), 1, sharex=True, height_ratios=(1.6, 1, 1))
+    axes_of = np.atleast_1d(
+        figure.subplots(len(panels), 1, sharex=True, height_ratios=(1.6, *smaller))
+    )
     for axes, (label, values) in zip(axes_of, panels, strict=True):
         curves = [middle(values[:, row]) for row in range(len(layers))]
         for layer, curve in zip(layers, curves, strict=True):

@@ -251,13 +251,13 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
-def title(axes: Axes, text: str, trace: Trace, *, note_axes: Axes | None = None) -> None:
+def title(axes: Axes, text: str, trace: Trace) -> None:
     """What is shown on the left; who was measured and how, in a lighter hand, on the right."""
     axes.set_title(text)
     count = trace.input_norm.shape[0]
     of = f"median of {count} streams, " if count > 1 else ""
     note = f"{trace.label}, {of}rolling median of {SMOOTH_STEPS} steps"
-    side_note(note_axes or axes, note)
+    side_note(axes, note)
 
 
 def side_note(axes: Axes, text: str) -> None:

@@ -18,13 +18,15 @@ CAPTIONS = {
     "middle half of the streams. Dashed: structural positions. Red: jumps that were found.",
     "heat_map": "The same norms relative to each layer's own level just after the prompt: red "
     "is growth, blue is decline. Diamonds: layers that take part in a jump.",
-    "memory": "What the memory adds to the residual stream, relative to the residual; the gate "
-    "that scales it; its norm before the gate; and how often the fast weights were updated.",
+    "memory": "What the memory adds to the residual stream, relative to the residual, and its "
+    "norm before the gate, which stays what it is during a run.",
     "contributions": "What attention and the feed-forward block add to the residual stream in "
     "each layer, and the largest single channel of the layer's input: a massive activation that "
     "moves or disappears is seen here before it is seen in the norm.",
-    "fast_weights": "Norm of the memory's fast weights (looked at every 16 steps), how strongly "
-    "each step is written, and how much is forgotten a step; means over the heads.",
+    "fast_weights": "Whether the memory adapts: how far its fast weights are from where they "
+    "began, and their norm (looked at every 16 steps); how strongly each step is written, and how "
+    "much is forgotten a step, means over the heads; and how often they were updated. What stays "
+    "the same throughout is left out.",
     "attention_mass": "Share of the attention that the layers looked at spend on position 0, on "
     "the first positions together, and on the oldest quarter of the ring; means over heads. "
     "0 after the key has left the ring.",
@@ -62,7 +64,9 @@ GLOSSARY = {
     "C, capacity": "Slots of an attention ring, in steps: how far back a layer can look.",
     "end offset": "Steps written to a ring since it was reset.",
     "sinks": "First positions that a ring never evicts; stock Moshi has none.",
-    "fast weights": "What the memory changes while the model runs; its slow weights are trained.",
+    "fast weights": "What the memory changes while the model runs; its slow weights are trained. "
+    "How far they come is the L2 norm of what parts them from where they began, in words relative "
+    "to their own norm: 0 % as they began, 100 % if they began at zero.",
     "evicted": "Steps that have been overwritten: end offset - capacity, or 0.",
     "turns": "How often writing has gone back to slot 0.",
     "jump": "A lasting rise of a layer's input norm at one position: the median of the 50 steps "

@@ -41,7 +41,7 @@ def not_measured(shape: tuple[int, int, int], hybrids: int) -> dict[str, np.ndar
     """Arrays of a trace [S, L, T] that most tests do not care for: NaN, or nothing looked at."""
     streams, _, steps = shape
     per_layer = ("input_max", "input_max_channel", "attention_norm", "ffn_norm")
-    per_memory = ("fast_weight_norm", "write_gate", "forgetting")
+    per_memory = ("fast_weight_norm", "fast_weight_distance", "write_gate", "forgetting")
     shapes = dict.fromkeys(per_layer, shape)
     shapes |= dict.fromkeys(per_memory, (streams, hybrids, steps))
     arrays = {name: np.full(shape, np.nan, dtype=np.float32) for name, shape in shapes.items()}

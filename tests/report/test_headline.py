@@ -123,6 +123,16 @@ def test_a_jump_is_told_with_its_place_and_the_memory_with_its_share(say: Any) -
     assert f"\n{added} most.\n" in text
 
 
+def test_whether_the_fast_weights_move_is_told_with_the_memory(say: Any) -> None:
+    trace = make_trace()
+    trace.fast_weight_norm[:] = 5.0
+    trace.fast_weight_distance[:] = 0.0
+    assert "adds most; its fast weights stay where they began.\n" in say(trace)
+    trace.fast_weight_distance[:, 1, -1] = 2.0
+    line = "its fast weights end 0% to 40% of their norm away from where they began.\n"
+    assert line in say(trace)
+
+
 def test_growth_is_told_from_a_jump(say: Any) -> None:
     ramp = np.log(1.6) * np.clip((np.arange(900) - 400) / 100, 0, 1)
     grown = trace_of(quiet() + ramp)
