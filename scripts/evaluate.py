@@ -4,7 +4,7 @@
     python scripts/evaluate.py --checkpoint last.ckpt --context_steps 500  # another window
     python scripts/evaluate.py --checkpoint last.ckpt --sinks 4 --inner_rate 0.5
     python scripts/evaluate.py --model tiny --seconds 120
-    python scripts/evaluate.py --model tiny --log_interval 100 | grep event=ring_turn
+    python scripts/evaluate.py --model tiny --log_interval 8s | grep event=ring_turn
     python scripts/evaluate.py --model tiny --input me.wav --output moshi.wav   # what it answers
     python scripts/evaluate.py --compare runs/long60s/000 runs/evaluate/tiny_120s
 
@@ -77,10 +77,10 @@ def _answer(subject: Subject, options: Namespace) -> Path:
 def _evaluate(subject: Subject, options: Namespace, parser: ArgumentParser) -> Path:
     """Let it talk, and measure; the report."""
     lm, source = subject.lm, subject.source
-    with settings_at("run", seconds="--seconds", log_interval_steps="--log_interval"):
+    with settings_at("run", seconds="--seconds", log_interval="--log_interval"):
         run = LongRunConfig(
             seconds=options.seconds,
-            log_interval_steps=options.log_interval,
+            log_interval=options.log_interval,
             **vars(options.run),
         )
     assert lm.context is not None
@@ -132,14 +132,15 @@ def _parser() -> ArgumentParser:
     add("--seconds", type=float, help="Length; null: 150 steps past 2C.")
     add(
         "--log_interval",
-        type=int,
+        type=int | str,
         default=0,
-        help="Also log as text, every n steps and at every critical position; 0: off.",
+        help="Also log as text: every 100 steps (100), 8 seconds (8s) or 800 legacy tokens "
+        "(800tokens), and at every critical position; 0: off.",
     )
     add_held_out(parser)
     add_device(parser)
     add("--out", type=Path, help="Folder to write a new one in; null: named after what is asked.")
-    parser.add_class_arguments(LongRunConfig, "run", skip={"seconds", "log_interval_steps"})
+    parser.add_class_arguments(LongRunConfig, "run", skip={"seconds", "log_interval"})
     return parser
 
 

@@ -25,7 +25,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from callbacks.long_generation import LongGeneration
 from callbacks.progress import ProgressLines
 from callbacks.tensorboard import log_settings
-from moshi_ttt.command_line import USAGE
+from moshi_ttt.command_line import LOG_LEVEL_HELP, USAGE, LogLevel, log_from, underscored
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.folder import find_evaluations
 from moshi_ttt.files import claim_folder, next_folder
@@ -75,6 +75,7 @@ class FitCLI(LightningCLI):
             help="Resume: `last` (newest run in run_dir that has a checkpoint) or a .ckpt file. A "
             "run in run_dir goes on in its folder; from any other checkpoint a new run begins.",
         )
+        parser.add_argument("--log_level", type=LogLevel, default="info", help=LOG_LEVEL_HELP)
         parser.add_lightning_class_args(LongGeneration, "long_generation")
         parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(FiniteUpdates, "finite")
@@ -85,7 +86,9 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with `--config NAME` found in `configs/`."""
-        self.config = parser.parse_args(resolve_configs(sys.argv[1:] if args is None else args))
+        given = underscored(sys.argv[1:] if args is None else args)
+        self.config = parser.parse_args(resolve_configs(given))
+        log_from(self.config.log_level, "lightning.pytorch")
 
     def before_instantiate_classes(self) -> None:
         """Check the configs, and decide the run folder: a new one, or that of the checkpoint."""

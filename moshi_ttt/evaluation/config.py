@@ -49,9 +49,10 @@ class LongRunConfig:
     """Generated streams that are decoded to stereo audio (left Moshi, right user)."""
     quality_window_sec: float = 5.0
     """Seconds before and after each critical position that text and sound are compared in."""
-    log_interval_steps: int = 0
-    """Steps between two lines of a text log while it runs; critical positions and turns of the
-    ring have lines as well. 0 logs nothing."""
+    log_interval: int | str = 0
+    """How often a text log has a line while it runs: every 100 steps (100), 8 seconds (8s) or 800
+    legacy tokens (800tokens); critical positions and turns of the ring have lines as well. 0 logs
+    nothing."""
     attention_layers: tuple[int, ...] = ()
     """Layers whose attention on the first key, on the first four positions and on the oldest
     quarter of the ring is computed again now and then; none by default."""
@@ -64,7 +65,8 @@ class LongRunConfig:
         check_fields(self, "temperature", "text_temperature", above=0)
         check_fields(self, "seconds", "nll_sec", "nll_window_sec", above=0)
         check_fields(self, "quality_window_sec", above=0)
-        check_fields(self, "prompt_sec", "audio_streams", "log_interval_steps", least=0)
+        check_fields(self, "prompt_sec", "audio_streams", least=0)
+        Clock().interval("log_interval", self.log_interval)  # the form is no matter of the clock
 
     def steps(self, clock: Clock, context_steps: int) -> int:
         """Length of the run in steps."""

@@ -75,7 +75,7 @@ def evaluate(
         cardinality=lm.card,
         codec=codec if audible else None,
     )
-    if config.log_interval_steps:
+    if clock.interval("log_interval", config.log_interval):
         log_events((jump.event() for jump in judged.jumps), clock)
     sound = talked.sound(codec, config.audio_streams) if audible else []
     write_folder(folder, talked.trace, judged, sound, time.monotonic() - started_sec)

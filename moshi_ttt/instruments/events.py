@@ -57,13 +57,38 @@ def cache_events(rings: Sequence[CacheSnapshot], clock: Clock) -> list[Event]:
             "capacity_legacy_tokens": None if steps is None else clock.legacy_tokens(steps),
             "sinks": ring.sinks,
             "rings": len(alike),
+            "batch": ring.batch,
             "heads": ring.heads,
             "head_dim": ring.head_dim,
+            "exec_mask": ring.exec_mask,
             "size_bytes": sum(one.size_bytes for one in alike),
+            **({} if steps is None else _next_turn(dataclasses.replace(ring, end_offset=0), clock)),
             "modules": [one.module for one in alike],
         }
         events.append(Event("cache_created", 0, detail))
     return events
+
+
+def _next_turn(ring: CacheSnapshot, clock: Clock) -> dict[str, Any]:
+    """When writing goes back to the first slot again, by all clocks."""
+    step = ring.next_turn / ring.positions_per_step
+    return {
+        "next_turn_step": step,
+        "next_turn_sec": clock.seconds(step),
+        "next_turn_legacy_token": clock.legacy_tokens(step),
+    }
+
+
+def _place(ring: CacheSnapshot, clock: Clock) -> dict[str, Any]:
+    """Where a temporal ring stands after a step: what it wrote, holds and has lost."""
+    return {
+        "end_offset": ring.end_offset,
+        "turn": ring.wraps,
+        "slot": ring.slot,
+        "held_steps": ring.valid_positions,
+        "lost_steps": ring.evicted_steps,
+        **_next_turn(ring, clock),
+    }
 
 
 def turn_events(
@@ -81,7 +106,7 @@ def turn_events(
         One event for all rings that turned at the same step.
     """
     moved: dict[tuple[int, int], list[str]] = defaultdict(list)
-    lost: dict[int, int] = {}
+    places: dict[int, CacheSnapshot] = {}
     for row, ring in enumerate(rings):
         evicted = end_offset[row].astype(np.int64) - ring.sinks - ring.capacity
         # the write that starts a turn is the first one past a multiple of the capacity
@@ -89,7 +114,7 @@ def turn_events(
         for column, count in zip(np.flatnonzero(begins), evicted[begins].tolist(), strict=True):
             turn = (count - 1) // ring.capacity + 1
             moved[first_step + int(column), turn].append(ring.module)
-            lost[turn] = count
+            places[turn] = dataclasses.replace(ring, end_offset=int(end_offset[row, column]))
     events = []
     for (step, turn), modules in sorted(moved.items()):
         if turn == 1:
@@ -97,14 +122,12 @@ def turn_events(
             events.append(
                 Event("first_eviction", step, {"modules": modules, "lost_step": lost_step})
             )
-        detail = {
-            "turn": turn,
-            "lost_steps": lost[turn],
-            "lost_sec": clock.seconds(lost[turn]),
-            "lost_legacy_tokens": clock.legacy_tokens(lost[turn]),
-            "modules": modules,
+        place = _place(places[turn], clock)
+        lost = {
+            "lost_sec": clock.seconds(place["lost_steps"]),
+            "lost_legacy_tokens": clock.legacy_tokens(place["lost_steps"]),
         }
-        events.append(Event("ring_turn", step, detail))
+        events.append(Event("ring_turn", step, place | lost | {"modules": modules}))
     return events
 
 
@@ -115,6 +138,7 @@ def position_event(
     *,
     at: int,
     ring: CacheSnapshot,
+    clock: Clock,
     names: Sequence[str] = (),
 ) -> Event:
     """What was measured at one step: medians over streams, the largest over layers.
@@ -125,6 +149,7 @@ def position_event(
         values: a trace's or a block's arrays.
         at: index of the step in `values`.
         ring: a temporal ring, for its capacity and sinks.
+        clock: of the run.
         names: of the position.
     """
     layers = {
@@ -147,8 +172,8 @@ def position_event(
     detail |= {name: _middle(layers[name]) for name in PER_MEMORY if name in layers}
     detail |= {name: _middle(values[name][:, at]) for name in PER_STEP}
     detail["step_ms"] = float(values["step_ms"][at])
-    ring = dataclasses.replace(ring, end_offset=int(values["ring_end_offset"][0, 0, at]))
-    detail |= {"lost_steps": ring.evicted_steps, "turn": ring.wraps}
+    end_offset = int(values["ring_end_offset"][0, 0, at])
+    detail |= _place(dataclasses.replace(ring, end_offset=end_offset), clock)
     detail["layers"] = {name: value.tolist() for name, value in layers.items()}
     return Event(kind, step, detail)
 
@@ -164,7 +189,15 @@ def generation_events(trace: Trace) -> list[Event]:
     # every stream runs in step with the first one
     events += turn_events(trace.ring_end_offset[0], temporal, trace.clock)
     events += [
-        position_event("critical_position", step, values, at=step, ring=temporal[0], names=names)
+        position_event(
+            "critical_position",
+            step,
+            values,
+            at=step,
+            ring=temporal[0],
+            clock=trace.clock,
+            names=names,
+        )
         for step, names in by_step(critical_steps(trace.lengths)).items()
     ]
     return sorted(events, key=lambda event: event.step)

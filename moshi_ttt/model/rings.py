@@ -26,8 +26,9 @@ def snapshot(name: str, ring: Any, end_offset: int, positions_per_step: int = 1)
 
     Args:
         name: path of the attention that owns it.
-        ring: a `RingKVCache`, or one with the same `cache` [2, B, H, slots, Dh] and `capacity`;
-            it never evicts the first `sinks` positions if it has such an attribute.
+        ring: a `RingKVCache`, or one with the same `cache` [2, B, H, slots, Dh], `capacity` and
+            `respect_exec_mask`; it never evicts the first `sinks` positions if it has such an
+            attribute.
         end_offset: positions written since reset.
         positions_per_step: 2 for Mimi's transformers, which run at 25 Hz; 4 for the tiny codec's.
     """
@@ -39,6 +40,8 @@ def snapshot(name: str, ring: Any, end_offset: int, positions_per_step: int = 1)
         heads=0 if cache is None else cache.shape[2],
         head_dim=0 if cache is None else cache.shape[4],
         size_bytes=0 if cache is None else cache.numel() * cache.element_size(),
+        batch=0 if cache is None else cache.shape[1],
+        exec_mask=getattr(ring, "respect_exec_mask", None),
         sinks=int(getattr(ring, "sinks", 0)),
         positions_per_step=positions_per_step,
     )
@@ -97,6 +100,10 @@ class CacheSnapshot:
     """First positions that are never evicted; 0 in moshi's own rings."""
     positions_per_step: int = 1
     """Positions that one step writes: 2 in Mimi's transformers (25 Hz)."""
+    batch: int = 0
+    """Rows; 0 if unknown."""
+    exec_mask: bool | None = None
+    """Whether each row stands still while it is masked; None if unknown."""
 
     @property
     def role(self) -> str:
@@ -113,6 +120,19 @@ class CacheSnapshot:
     def wraps(self) -> int:
         """Completed turns of the ring: times a write went back to its first slot."""
         return max(0, self.end_offset - self.sinks - 1) // self.capacity
+
+    @property
+    def slot(self) -> int | None:
+        """Where the newest position was written; None while the ring is empty."""
+        newest = self.end_offset - 1
+        if newest < self.sinks:
+            return newest if newest >= 0 else None
+        return self.sinks + (newest - self.sinks) % self.capacity
+
+    @property
+    def next_turn(self) -> int:
+        """The position that will be the next to go back to the first slot that is no sink's."""
+        return self.sinks + (self.wraps + 1) * self.capacity
 
     @property
     def valid_positions(self) -> tuple[int, int] | None:
@@ -156,4 +176,8 @@ class CacheSnapshot:
             "heads": self.heads,
             "head_dim": self.head_dim,
             "size_bytes": self.size_bytes,
+            "batch": self.batch,
+            "exec_mask": self.exec_mask,
+            "slot": self.slot,
+            "next_turn": self.next_turn,
         }

@@ -216,7 +216,7 @@ def test_recordings_that_another_run_has_read_are_not_read_again(
         ({"nll_sec": 0.0}, "nll_sec=0.0 must be above 0"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"audio_streams": -1}, "audio_streams=-1"),
-        ({"log_interval_steps": -1}, "log_interval_steps=-1"),
+        ({"log_interval": "8m"}, "log_interval=8m must be a length in steps"),
         ({"quality_window_sec": 0.0}, "quality_window_sec=0.0"),
         ({"attention_every_steps": 0}, "attention_every_steps=0"),
     ],
@@ -250,7 +250,7 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
         *("--model", "tiny", "--seconds", "3", "--context_steps", "12"),
         *("--run.prompt_sec", "1", "--run.prompts", "1", "--run.seeds", "2"),
         *("--manifest", f"{tmp_path}/val.jsonl", "--cache_dir", f"{tmp_path}/cache"),
-        *("--out", f"{tmp_path}/vanilla", "--device", "cpu", "--log-interval", "10"),
+        *("--out", f"{tmp_path}/vanilla", "--device", "cpu", "--log-interval", "0.8s"),
     ]
     (tmp_path / "vanilla/000").mkdir(parents=True)  # of another call
     report = program.main(call)
@@ -289,7 +289,7 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
         (["--compare", "nowhere", "--out", "x"], "nowhere"),
         (["--model", "nowhere"], "^--model='nowhere' is neither"),
         (["--model", "tiny", "--seconds", "0"], "^--seconds=0.0 must be above 0"),
-        (["--model", "tiny", "--log-interval", "-1"], "^--log_interval=-1 must be at least 0"),
+        (["--model", "tiny", "--log-interval", "-1"], "^--log_interval=-1 must be a length in"),
         (["--model", "tiny", "--run.prompts", "0"], "^run.prompts=0 must be at least 1"),
         (["--model", "tiny", "--run.attention_layers", "[6]"], r"^run.attention_layers=\[6\]"),
     ],

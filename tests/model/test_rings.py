@@ -24,6 +24,10 @@ def test_held_positions_are_those_that_were_written_last(make_lm: MakeLM, sinks:
         # each key was filled with its own position
         assert torch.equal(ring.cache[0, 0, 0, kept, 0], held[kept].float())
         snapshot = CacheSnapshot("transformer.x", step + 1, 8, sinks=sinks)
+        assert snapshot.slot is not None
+        assert ring.cache[0, 0, 0, snapshot.slot, 0] == step
+        turns = (at for at in range(sinks + 8, 50, 8) if at > step)
+        assert snapshot.next_turn == next(turns)
         first, last = snapshot.valid_positions or (0, -1)
         expected = set(range(min(sinks, step + 1))) | set(range(first, last + 1))
         assert set(held[kept].tolist()) == expected
@@ -38,6 +42,7 @@ def test_ranges_of_a_ring_over_its_turns() -> None:
         ring = CacheSnapshot("transformer.layers.0.self_attn", end, 8)
         return ring.valid_positions, ring.lost_positions, ring.overwritten_slots, ring.wraps
 
+    assert CacheSnapshot("transformer.x", 0, 8).slot is None
     assert ranges(0) == (None, None, None, 0)
     assert ranges(8) == ((0, 7), None, None, 0)
     assert ranges(9) == ((1, 8), (0, 0), (0, 0), 1)
