@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.errors import check_fields
+from moshi_ttt.errors import check_bounds, check_fields
 
 STEPS_PAST_2C = 150
 """12 s: how far a run goes beyond the second turn of the ring, unless told otherwise."""
@@ -45,7 +45,10 @@ class LongRunConfig:
     are read on, text alone."""
     nll_recordings: int = 12
     """Held-out recordings that are read teacher-forced, the first ones of their manifest."""
-    audio_streams: int = 1
+    context_sec: tuple[float, ...] = (10.0, 100.0)
+    """Seconds of recordings that are read before the same 5 s, whose loss is compared; none:
+    `[]`."""
+    audio_streams: int = 4
     """Generated streams that are decoded to stereo audio (left Moshi, right user)."""
     quality_window_sec: float = 5.0
     """Seconds before and after each critical position that text and sound are compared in."""
@@ -65,6 +68,8 @@ class LongRunConfig:
         check_fields(self, "temperature", "text_temperature", above=0)
         check_fields(self, "seconds", "nll_sec", "nll_window_sec", above=0)
         check_fields(self, "quality_window_sec", above=0)
+        for seconds in self.context_sec:
+            check_bounds("context_sec", seconds, above=0)
         check_fields(self, "prompt_sec", "audio_streams", least=0)
         Clock().interval("log_interval", self.log_interval)  # the form is no matter of the clock
 

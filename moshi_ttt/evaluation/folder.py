@@ -3,6 +3,8 @@
     traces.npz                  every field of the `Trace`
     events.jsonl                rings, critical positions and jumps, one event a line
     nll.json                    teacher-forced loss by position, what `read_teacher_forced` gives
+    contexts.json               loss of the same seconds behind contexts, what
+                                `ContextSweep.record` gives, if recordings were long enough
     quality.json                text and sound around the positions, what `listening.listen` gives
     probes.json                 recall of planted facts by memory and group, what `recall_record`
                                 gives of each, if the recordings held any
@@ -37,7 +39,8 @@ from moshi_ttt.instruments.events import generation_events, write_events
 from moshi_ttt.instruments.trace import Trace
 
 EVENTS, NLL, QUALITY = "events.jsonl", "nll.json", "quality.json"
-PROBES, AUDIO, SUMMARY = "probes.json", "audio", "summary.json"
+PROBES, CONTEXTS = "probes.json", "contexts.json"
+AUDIO, SUMMARY = "audio", "summary.json"
 CONFIG = "config.yaml"
 """The settings, in the folder of a run or of scripts/evaluate.py."""
 CUT = "_at_"  # between the name of a stream and that of a position
@@ -65,9 +68,10 @@ def write_folder(
     write_events(folder / EVENTS, events, trace.clock)
     write_json(folder / NLL, judged.read.nll)
     write_json(folder / QUALITY, judged.quality)
-    (folder / PROBES).unlink(missing_ok=True)
-    if judged.read.recall is not None:
-        write_json(folder / PROBES, judged.read.recall)
+    for name, found in ((PROBES, judged.read.recall), (CONTEXTS, judged.read.contexts)):
+        (folder / name).unlink(missing_ok=True)
+        if found is not None:
+            write_json(folder / name, found)
     write_json(
         folder / SUMMARY,
         {
@@ -163,6 +167,11 @@ class Evaluation:
             "%s has no controls of the memory; evaluate again to see recall", self.folder
         )
         return None
+
+    @property
+    def contexts(self) -> dict[str, Any] | None:
+        """Content of `contexts.json`; None if it was not measured."""
+        return self._content(CONTEXTS)
 
     @property
     def events(self) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump, finite_median, ratios_at
+from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump, finite_mean, finite_median, ratios_at
 from moshi_ttt.diagnosis.listening import place_tag
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.rings import CacheSnapshot
@@ -35,6 +35,8 @@ def evaluation_scalars(
         steps_per_sec: speed of the generation.
     """
     scalars = position_summary(trace, jumps) | nll_scalars(read.nll)
+    if read.contexts is not None:
+        scalars |= context_scalars(read.contexts)
     if read.recall is not None:
         window_sec = trace.clock.seconds(trace.context_steps)
         scalars |= recall_scalars(read.recall, window_sec)
@@ -160,6 +162,19 @@ def nll_scalars(nll: Mapping[str, Any]) -> dict[str, float]:
             scalars[f"{tag}/last_window"] = values[-1]
             scalars[f"{tag}/mean"] = sum(values) / len(values)
     return scalars
+
+
+def context_scalars(contexts: Mapping[str, Any]) -> dict[str, float]:
+    """Loss behind each context, nats; mean over the stretches that have such tokens.
+
+    Args:
+        contexts: content of `contexts.json`.
+    """
+    return {
+        f"longgen/nll/{group}/behind_{seconds:g}s": finite_mean(np.array(contexts[group])[:, at])
+        for group in GROUPS
+        for at, seconds in enumerate(contexts["context_sec"])
+    }
 
 
 def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import Jump, can_be_searched, finite_median
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.report.context import LOSSES, context_line
 from moshi_ttt.report.recall import shown_groups
 from moshi_ttt.report.text import loudest_memory, only_reads
 from moshi_ttt.teacher_forcing.controls import (
@@ -32,7 +33,6 @@ VERDICTS = {
     "not shown": "That the memory is used is not shown: without it as much is right.",
     "no memory": "",
 }
-LOSSES = {"text": "words", "first_codebook": "the first codebook"}
 
 
 def headline(evaluation: Evaluation, trace: Trace) -> list[str]:
@@ -41,7 +41,8 @@ def headline(evaluation: Evaluation, trace: Trace) -> list[str]:
     """
     return [
         *_recall(evaluation.recall, trace),
-        *filter(None, (_loss(evaluation.nll, trace.clock), _norms(evaluation.jumps, trace))),
+        *filter(None, (context_line(evaluation.contexts), _loss(evaluation.nll, trace.clock))),
+        _norms(evaluation.jumps, trace),
         *filter(None, (_memory(trace), _speed(evaluation.summary, trace))),
     ]
 

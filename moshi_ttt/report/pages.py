@@ -118,8 +118,9 @@ def compare_report(folders: Sequence[Path], out: Path) -> Path:
     for label, trace in traces.items():
         body += [
             f"<h3>{html.escape(label)}</h3>",
-            html.bullets(headline(by_label[label], trace)),
-            html.bullets(_findings(by_label[label], trace)),
+            html.bullets(
+                [*headline(by_label[label], trace), *findings(trace, by_label[label].jumps)]
+            ),
         ]
     body += ["<h2>Compared</h2>", *comparison_section(by_label, traces)]
     body += ["<h2>Side by side</h2>", _evaluations_table(labels, evaluations)]

@@ -108,16 +108,11 @@ def clock_note(clock: Clock) -> str:
 
 
 def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
-    """What one generation shows, as sentences."""
+    """What the first sentences of a report do not say: each jump, and what happens at C and 2C."""
     lines = []
     clock, critical = trace.clock, trace.critical_steps()
     if only_reads(trace):
         lines.append("Nothing was generated: recordings were fed in throughout (teacher-forced).")
-    if not jumps:
-        lines.append(
-            f"No lasting jump of the input norm in {trace.steps} steps "
-            f"({clock.seconds(trace.steps):.0f} s)."
-        )
     for jump in sorted(jumps, key=lambda one: -one.ratio):
         kind = "Growth, no jump" if jump.gradual else "Jump"
         line = f"{kind}: {jump.describe(clock)}; {jump.agreement:.0%} of the streams rise."
@@ -140,14 +135,6 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
         else:
             step = trace.context_steps * (1 if name == "C" else 2)
             lines.append(f"{name}, {clock.describe(step)}, lies beyond the end of this run.")
-    if trace.hybrid_layers:
-        layer, ratio = loudest_memory(trace)
-        lines.append(
-            f"The memory adds {ratio:.2%} of the residual's norm in layer {layer}, where it adds "
-            "most (median over streams and steps)."
-        )
-    else:
-        lines.append("There is no memory in this model: vanilla Moshi.")
     broken = ~np.isfinite(trace.input_norm).all(axis=(1, 2))
     if broken.any():
         lines.append(

@@ -33,6 +33,7 @@ CONFIG = LongRunConfig(
     prompt_sec=0.8,
     nll_window_sec=1.6,
     nll_sec=8.0,
+    context_sec=(0.8, 1.6),
     audio_streams=1,
     quality_window_sec=0.8,
     attention_layers=(0, 5),
@@ -130,6 +131,9 @@ def test_summary_nll_and_audio_are_what_was_run(
     assert nll["start_step"] == [0, 20, 40, 60, 80]  # further than was generated
     # random codes cannot be guessed: ln 512, and more for a model that is sure of something else
     assert all(np.log(512) - 0.2 < value < 3 * np.log(512) for value in nll["other_codebooks"])
+    contexts = json.loads((folder / "contexts.json").read_text())
+    assert np.shape(contexts["text"]) == (1, 2)  # a stretch, of the longer recording
+    assert scalars["longgen/nll/text/behind_1.6s"] == contexts["text"][0][1]
     audio, rate = soundfile.read(folder / "audio" / "stream_00.wav")
     assert rate == 24_000
     assert audio.shape == ((STEPS - 1) * 1920, 2)
@@ -276,24 +280,3 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
     assert "different lengths" in text
     assert "tiny (vanilla, C = 12 steps)" in text
     assert "epoch 1" in text
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ([], "exactly one of"),
-        (["--model", "tiny", "--checkpoint", "x.ckpt"], "exactly one of"),
-        (["--checkpoint", "nowhere/last.ckpt"], "does not exist"),
-        (["--checkpoint", "x.ckpt", "--dtype", "bfloat16"], "--dtype goes with --model"),
-        (["--model", "tiny", "--manifest", "nowhere.jsonl"], "cannot be read"),
-        (["--compare", "nowhere", "--out", "x"], "nowhere"),
-        (["--model", "nowhere"], "^--model='nowhere' is neither"),
-        (["--model", "tiny", "--seconds", "0"], "^--seconds=0.0 must be above 0"),
-        (["--model", "tiny", "--log-interval", "-1"], "^--log_interval=-1 must be a length in"),
-        (["--model", "tiny", "--run.prompts", "0"], "^run.prompts=0 must be at least 1"),
-        (["--model", "tiny", "--run.attention_layers", "[6]"], r"^run.attention_layers=\[6\]"),
-    ],
-)
-def test_evaluate_refuses_what_it_cannot_do(program: Any, args: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        program.main(args)

@@ -29,10 +29,10 @@ from moshi_ttt.report.text import findings
 def say(tmp_path: Path) -> Any:
     """What the headline says of a trace, recall and losses."""
 
-    def said(trace: Trace, recall: Any = None, nll: Any = None) -> str:
+    def said(trace: Trace, recall: Any = None, nll: Any = None, contexts: Any = None) -> str:
         folder = tmp_path / str(len([*tmp_path.iterdir()]))
         write_evaluation(folder, trace, nll=False, clips=0)
-        for name, content in (("probes", recall), ("nll", nll)):
+        for name, content in (("probes", recall), ("nll", nll), ("contexts", contexts)):
             if content is not None:
                 write_json(folder / f"{name}.json", content)
         return "\n".join(headline(Evaluation.load(folder), trace))
@@ -97,6 +97,18 @@ def test_the_loss_is_told_for_every_whole_minute(say: Any) -> None:
         "The loss on recordings is, minute by minute, 2.00, 2.10 and 2.20 for words, and 3.00, "
         "3.10 and 3.20 for the first codebook (nats a token).\nIn 72 s"
     ) in text
+
+
+def test_the_loss_behind_contexts_is_told_with_what_more_of_it_helps(say: Any) -> None:
+    contexts = {"context_sec": [100, 10], "text": [[2.0, 2.5], [2.2, 2.5], [None, 9.0]]}
+    contexts["first_codebook"] = [[None, None]] * 3
+    assert say(make_trace(), contexts=contexts).splitlines()[1] == (
+        "Behind 10 s and behind 100 s of what was said before them, the same seconds of recordings "
+        "cost 2.50 and 2.10 for words (-0.400 [-0.596, -0.204]) (nats a token; negative: more "
+        "helps)."
+    )
+    alone = {key: [[2.0]] for key in ("text", "first_codebook")} | {"context_sec": [10]}
+    assert "Behind" not in say(make_trace(), contexts=alone)
 
 
 def test_less_than_two_minutes_of_loss_are_not_compared(say: Any) -> None:
