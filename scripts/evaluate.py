@@ -115,6 +115,7 @@ def _parser() -> ArgumentParser:
     parser = program_parser(__doc__)
     add: Any = parser.add_argument
     add_subjects(parser)
+    add("--config", action="config", help="Settings of an earlier call: its config.yaml.")
     add("--compare", type=Path, nargs="+", help="Run or evaluation folders to overlay.")
     add(
         "--context_steps",

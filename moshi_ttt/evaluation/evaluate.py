@@ -16,11 +16,13 @@ from moshi.models.lm import LMModel
 from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.diagnosis.listening import word_starts
+from moshi_ttt.evaluation.about import about
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.console import log_events
 from moshi_ttt.evaluation.folder import write_folder
 from moshi_ttt.evaluation.judge import judge
 from moshi_ttt.evaluation.talk import talk
+from moshi_ttt.evaluation.transcript import spoken_words
 from moshi_ttt.generation.generate import borrowed
 from moshi_ttt.model.source import ModelSource
 from moshi_ttt.teacher_forcing.contexts import ContextSweep
@@ -78,7 +80,15 @@ def evaluate(
     if clock.interval("log_interval", config.log_interval):
         log_events((jump.event() for jump in judged.jumps), clock)
     sound = talked.sound(codec, config.audio_streams) if audible else []
-    write_folder(folder, talked.trace, judged, sound, time.monotonic() - started_sec)
+    write_folder(
+        folder,
+        talked.trace,
+        judged,
+        sound,
+        time.monotonic() - started_sec,
+        transcripts=[spoken_words(row, source) for row in talked.trace.text_tokens.tolist()],
+        about=about(lm, recordings[: config.nll_recordings], clock),
+    )
     return judged.scalars
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from moshi_ttt.diagnosis.jumps import finite_mean
+from moshi_ttt.report import html
 from moshi_ttt.report.intervals import loss_difference
 from moshi_ttt.report.style import legend_below, run_colors, styled
 from moshi_ttt.rows import GROUPS
@@ -36,6 +38,25 @@ def context_line(contexts: Mapping[str, Any] | None) -> str:
         f"Behind {near:g} s and behind {far:g} s of what was said before them, the same seconds of "
         f"recordings cost {', and '.join(told)} (nats a token; negative: more helps)."
     )
+
+
+def context_table(contexts: Mapping[str, Any] | None) -> list[str]:
+    """Loss behind each context, and what the longest adds to the shortest, as HTML."""
+    if contexts is None:
+        return []
+    lengths = contexts["context_sec"]
+    near, far = (lengths.index(pick(lengths)) for pick in (min, max))
+    header = ["nats a token", *(f"behind {seconds:g} s" for seconds in lengths), "difference"]
+    rows: list[list[str | float]] = []
+    for group in GROUPS:
+        losses = np.array(contexts[group], dtype=float).T  # [contexts, stretches]
+        means = map(finite_mean, losses)
+        rows.append([group.replace("_", " "), *means, loss_difference(losses[far], losses[near])])
+    note = (
+        f"The same {contexts['target_sec']:g} s of {len(contexts['stretches'])} stretches of "
+        "held-out recordings; the difference with its 95 % interval over the stretches."
+    )
+    return [html.table(header, rows), html.paragraph(note, kind="note")]
 
 
 @styled

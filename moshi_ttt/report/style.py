@@ -43,6 +43,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "figure.facecolor": "white",
+    "figure.dpi": 160,
     "figure.constrained_layout.use": True,
 }
 

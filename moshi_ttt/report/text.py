@@ -43,7 +43,8 @@ CAPTIONS = {
     "95 % intervals. Beyond C, attention no longer reaches the fact directly. Thin lines, if the "
     "model has a memory: the same questions with the memory reset just before them, and exchanged "
     "for another conversation's. What the memory does is the distance from the thick line to both.",
-    "audio": "Left channel: Moshi. The spectrogram shows the left channel only.",
+    "audio": "The first stream: spectrogram of Moshi's voice, the words of its text where they "
+    "begin, and in orange when the user talks. White: structural positions.",
 }
 COMPARISON_CAPTIONS = {
     "input_norm": "Input norm of four layers from the first to the last. Dashed: structural "

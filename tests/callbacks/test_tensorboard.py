@@ -37,7 +37,7 @@ def test_scalars_figures_and_audio_of_a_hybrid_are_logged(tmp_path: Path) -> Non
     names = ("input_norm", "heat_map", "memory", "entropy", "nll", "audio")
     assert set(tags["images"]) == {f"longgen/figures/{name}" for name in names}
     (image,) = events.Images("longgen/figures/input_norm")
-    assert (image.width, image.height) == (1000, 520)
+    assert (image.width, image.height) == (1600, 832)
     assert set(tags["audio"]) == {"longgen/audio/stream_00", "longgen/audio/stream_01"}
     (clip,) = events.Audio("longgen/audio/stream_00")
     assert clip.sample_rate == 24_000

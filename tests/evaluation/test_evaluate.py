@@ -131,6 +131,11 @@ def test_summary_nll_and_audio_are_what_was_run(
     assert nll["start_step"] == [0, 20, 40, 60, 80]  # further than was generated
     # random codes cannot be guessed: ln 512, and more for a model that is sure of something else
     assert all(np.log(512) - 0.2 < value < 3 * np.log(512) for value in nll["other_codebooks"])
+    memory = "ttt_linear in layers 5, 34,408 parameters, 0.0022 MiB of state a stream"
+    assert summary["about"]["memory"] == memory
+    assert summary["about"]["examined with"] == "2 held-out recordings, 0 min"
+    words = json.loads((folder / "transcripts.json").read_text())["streams"]
+    assert len(words) == 4
     contexts = json.loads((folder / "contexts.json").read_text())
     assert np.shape(contexts["text"]) == (1, 2)  # a stretch, of the longer recording
     assert scalars["longgen/nll/text/behind_1.6s"] == contexts["text"][0][1]

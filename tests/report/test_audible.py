@@ -84,7 +84,7 @@ def test_figures_are_drawn_of_what_was_measured_only() -> None:
     assert set(figures) < set(CAPTIONS)
     for name, figure in figures.items():
         picture = pixels(figure)
-        assert picture.shape[1:] == (1000, 3), name
+        assert picture.shape[1:] == (1600, 3), name
         assert picture.std() > 5, name
 
 
