@@ -14,6 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.report.figures import evaluation_pictures
 from moshi_ttt.report.headline import headline
+from moshi_ttt.teacher_forcing.controls import MEMORIES
 
 RESULTS = (
     "val/loss",
@@ -24,8 +25,22 @@ RESULTS = (
 """Scalars that the table of runs shows beside their settings, as they were last."""
 
 
+VERDICT = {
+    "recall beyond the window": [f"longgen/recall/beyond_window/{memory}" for memory in MEMORIES],
+    "loss of the same seconds behind 10 and 100 s, words": [
+        f"longgen/nll/text/behind_{seconds}s" for seconds in (10, 100)
+    ],
+    "jumps of the norms": ["longgen/jump/count"],
+    "what the memories add, over the residual": ["memory/branch_ratio/.*"],
+    "times real time": ["longgen/times_real_time"],
+}
+"""Charts of TensorBoard's tab `Custom scalars`, by title: the tags of each."""
+
+
 def log_settings(writer: SummaryWriter, text: str, settings: Mapping[str, Any]) -> None:
     """Write the resolved settings as text, and as hyper-parameters beside `RESULTS`.
+
+    And lay out the charts of the verdict.
 
     Args:
         writer: of the run's scalars.
@@ -33,6 +48,8 @@ def log_settings(writer: SummaryWriter, text: str, settings: Mapping[str, Any]) 
         settings: the same, by key; those that are None are left out of the table.
     """
     writer.add_text("settings", f"```\n{text}\n```")
+    charts = {title: ["Multiline", tags] for title, tags in VERDICT.items()}
+    writer.add_custom_scalars({"verdict": charts})
     plain = (bool, int, float, str)
     values = {
         key: value if isinstance(value, plain) else str(value)

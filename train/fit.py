@@ -36,6 +36,7 @@ from train.checkpoints import CheckpointWithWeights, RunCheckpoints, SaveBeforeE
 from train.data import ConversationData
 from train.finite import FiniteUpdates
 from train.module import MoshiTTT
+from train.pace import Pace
 from train.recipes import CONFIGS, resolve_configs
 from train.resume import check_is_ours
 from train.run_folder import BEST, LAST, find_checkpoint, folder_of, locked
@@ -211,7 +212,7 @@ def main(args: list[str] | None = None) -> Path:
         args=args,
         run=False,
         auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
+        trainer_defaults={"callbacks": [LearningRateMonitor("step"), Pace()]},
         save_config_callback=SaveConfigLate,
         save_config_kwargs={"overwrite": True},
     )

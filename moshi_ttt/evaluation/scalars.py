@@ -11,7 +11,6 @@ import numpy as np
 from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump, finite_mean, finite_median, ratios_at
 from moshi_ttt.diagnosis.listening import place_tag
 from moshi_ttt.instruments.trace import Trace
-from moshi_ttt.model.rings import CacheSnapshot
 from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.controls import EVERYONE, Recalls, beyond_window
 from moshi_ttt.teacher_forcing.recordings import TeacherForced
@@ -40,7 +39,11 @@ def evaluation_scalars(
     if read.recall is not None:
         window_sec = trace.clock.seconds(trace.context_steps)
         scalars |= recall_scalars(read.recall, window_sec)
-    return scalars | quality_scalars(quality) | {"longgen/steps_per_sec": steps_per_sec}
+    speed = {
+        "longgen/steps_per_sec": steps_per_sec,
+        "longgen/times_real_time": steps_per_sec * trace.clock.step_sec,
+    }
+    return scalars | quality_scalars(quality) | speed
 
 
 def position_summary(
@@ -55,7 +58,6 @@ def position_summary(
         **_growth([jump for jump in jumps if jump.gradual]),
         **_memory(trace, first),
         **_entropies(trace, first, window_steps),
-        **_ring(trace),
     }
 
 
@@ -106,7 +108,7 @@ def _growth(growths: Sequence[Jump]) -> dict[str, float]:
 
 
 def _memory(trace: Trace, first: int) -> dict[str, float]:
-    """What each memory adds, from step `first` on; its updates and fast weights at the end."""
+    """What each memory adds, from step `first` on; its fast weights at the end."""
     scalars: dict[str, float] = {}
     arrays = {
         "branch_ratio": trace.branch_ratio,
@@ -118,7 +120,6 @@ def _memory(trace: Trace, first: int) -> dict[str, float]:
             # the part that the model generates by itself
             scalars[f"memory/{name}/layer_{layer:02d}"] = finite_median(array[:, index, first:])
         ends = {
-            "inner_updates": trace.inner_updates,
             "fast_weight_norm": trace.fast_weight_norm,
             "fast_weight_change": trace.fast_weight_change,
         }
@@ -135,16 +136,6 @@ def _entropies(trace: Trace, first: int, window_steps: int) -> dict[str, float]:
         scalars[f"{tag}/start"] = _level(entropy, first, window_steps)
         scalars[f"{tag}/end"] = _level(entropy, trace.steps - window_steps, window_steps)
     return scalars
-
-
-def _ring(trace: Trace) -> dict[str, float]:
-    """What the temporal rings have lost at the end."""
-    written = trace.ring_end_offset[..., -1]
-    written = written[np.isfinite(written)]
-    if not written.size:
-        return {"cache/evicted_steps": math.nan, "cache/wraps": math.nan}
-    ring = CacheSnapshot("temporal", int(written.max()), trace.context_steps)
-    return {"cache/evicted_steps": float(ring.evicted_steps), "cache/wraps": float(ring.wraps)}
 
 
 def nll_scalars(nll: Mapping[str, Any]) -> dict[str, float]:
@@ -182,8 +173,9 @@ def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:
     scalars = {f"longgen/quality/{name}/whole": value for name, value in quality["whole"].items()}
     for position in quality["positions"]:
         for name, measure in position["measures"].items():
-            for place in map(place_tag, position["names"]):
-                scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
+            # one place may have several names; each would be the same curve again
+            place = place_tag(position["names"][0])
+            scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
     return scalars
 
 

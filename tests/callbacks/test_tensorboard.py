@@ -30,7 +30,6 @@ def test_scalars_figures_and_audio_of_a_hybrid_are_logged(tmp_path: Path) -> Non
         "longgen/jump/ratio/layer_03",
         "longgen/input_norm/layer_03/end",
         "memory/branch_ratio/layer_02",
-        "cache/evicted_steps",
     } <= set(tags["scalars"])
     (count,) = events.Scalars("longgen/jump/count")
     assert (count.step, count.value) == (17, 1)

@@ -135,6 +135,7 @@ def test_a_judgement_is_of_a_trace_alone_and_holds_every_kind_of_scalar() -> Non
     assert scalars["longgen/recall/own/accuracy/gap_0004"] == 0.5
     assert "longgen/quality/distinct_2/whole" in scalars
     assert scalars["longgen/steps_per_sec"] == 80
+    assert scalars["longgen/times_real_time"] == 80 * 0.08
     assert not any("recall" in tag for tag in judged(trace).scalars)
 
 
