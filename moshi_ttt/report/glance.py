@@ -10,6 +10,9 @@ import yaml
 
 from moshi_ttt.evaluation.folder import CONFIG, Evaluation
 from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.report.comparison import common_contexts
+from moshi_ttt.report.intervals import loss_difference, share_difference
+from moshi_ttt.teacher_forcing.controls import beyond_window
 
 CHECKPOINT = Path("checkpoints/last.ckpt")
 
@@ -30,6 +33,7 @@ def at_a_glance(
         "data": _data(config, evaluations[-1], trace),
         "run": _run(trace),
         "took": _took(evaluations),
+        f"since {evaluations[0].label}": _gain(evaluations, trace),
     }
     if config:
         lines |= _commands(run_folder, config, evaluations[-1])
@@ -59,6 +63,22 @@ def _data(config: dict[str, Any], latest: Evaluation, trace: Trace) -> str:
     if examined := latest.summary.get("about", {}).get("examined with"):
         parts.append(f"examined with {examined}")
     return "; ".join(parts)
+
+
+def _gain(evaluations: Sequence[Evaluation], trace: Trace) -> str:
+    """What the latest evaluation does better, or worse, than the first one."""
+    if len(evaluations) == 1:
+        return ""
+    ends = [evaluations[-1], evaluations[0]]
+    window_sec, gains = trace.clock.seconds(trace.context_steps), []
+    pools = [beyond_window(one.recall or {}, window_sec).get("own", {}) for one in ends]
+    if all("kept" in pool for pool in pools):
+        gain = share_difference(*(pool["kept"] for pool in pools))
+        gains.append(f"own facts recalled beyond the window {gain}")
+    for name, losses in common_contexts([one.contexts for one in ends]).items():
+        if name.endswith(", text"):
+            gains.append(f"{name} {loss_difference(*losses)}")
+    return "; ".join(gains)
 
 
 def _run(trace: Trace) -> str:

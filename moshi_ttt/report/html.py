@@ -33,7 +33,7 @@ th, td { padding: 5px 7px; border-bottom: 1px solid #e4e6e8; vertical-align: top
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 figure { margin: 16px 0 24px; }
-figure img { max-width: 100%; border: 1px solid #e4e6e8; cursor: zoom-in; }
+figure img { max-width: 100%; box-sizing: border-box; border: 1px solid #e4e6e8; cursor: zoom-in; }
 figure input { position: absolute; opacity: 0; }
 figure input:checked + img { max-width: none; width: 200%; cursor: zoom-out; }
 figure input:focus-visible + img { outline: 2px solid #1f6fb4; }

@@ -24,6 +24,7 @@ from moshi_ttt.report.style import (
 )
 
 PACE_SEC = 10.0  # window of the running text measures
+FROM_ZERO = ("from where they began\n(L2 norm)", "inner updates\nso far")
 
 
 def inside_figures(trace: Trace) -> dict[str, Figure]:
@@ -56,11 +57,11 @@ def contributions_figure(trace: Trace) -> Figure:
 def fast_weights_figure(trace: Trace) -> Figure:
     """How far the fast weights have come, their norm, and what writes and forgets them."""
     panels = (
-        ("from where they began\n(L2 norm)", trace.fast_weight_distance),
+        (FROM_ZERO[0], trace.fast_weight_distance),
         ("fast weights\n(L2 norm)", trace.fast_weight_norm),
         ("write gate", trace.write_gate),
         ("forgetting\n(share a step)", trace.forgetting),
-        ("inner updates\nso far", trace.inner_updates),
+        (FROM_ZERO[1], trace.inner_updates),
     )
     # what the data does not change is said in numbers
     moving = [one for one in panels[1:] if (np.ptp(one[1], axis=-1) > 0).any()]
@@ -83,7 +84,8 @@ def _stacked(
             axes.plot(curve, color=colors[layer], linewidth=1.2, label=f"layer {layer}")
         axes.set_ylabel(label)
         top = axes is axes_of[0]
-        fit_height(axes, np.concatenate(curves), room=0.8 if top else 0.12)
+        foot = [0.0] if label in FROM_ZERO else []
+        fit_height(axes, np.concatenate([*curves, foot]), room=0.8 if top else 0.12)
         mark(axes, trace.critical_steps(), trace.steps, labels=top)
         position_axis(axes, trace.clock, trace.steps, above=top, below=axes is axes_of[-1])
     title(axes_of[0], name, trace)

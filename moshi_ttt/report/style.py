@@ -97,7 +97,7 @@ def fit_height(axes: Axes, values: np.ndarray, *, room: float, foot: float = 0.0
     if low > 0 and high > 12 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / (high / low) ** foot, high * (high / low) ** room)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         extent = (high - low) or abs(high) or 1.0

@@ -18,8 +18,8 @@ CAPTIONS = {
     "middle half of the streams. Dashed: structural positions. Red: jumps that were found.",
     "heat_map": "The same norms relative to each layer's own level just after the prompt: red "
     "is growth, blue is decline. Diamonds: layers that take part in a jump.",
-    "memory": "What the memory adds to the residual stream, relative to the residual, and its "
-    "norm before the gate, which stays what it is during a run.",
+    "memory": "What the memory adds to the residual stream, relative to the residual; and its "
+    "norm before the gate, which itself does not change during a run.",
     "contributions": "What attention and the feed-forward block add to the residual stream in "
     "each layer, and the largest single channel of the layer's input: a massive activation that "
     "moves or disappears is seen here before it is seen in the norm.",

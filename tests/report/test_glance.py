@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from synthetic_trace import make_trace, write_evaluation
+from synthetic_trace import make_trace, remembered, write_evaluation
 
 from moshi_ttt.evaluation.folder import find_evaluations
+from moshi_ttt.files import write_json
 from moshi_ttt.report.glance import at_a_glance
+from moshi_ttt.rows import GROUPS
 
 
 def glance(run: Path) -> dict[str, str]:
@@ -30,6 +32,18 @@ def test_a_training_says_what_was_trained_on_and_how_to_repeat_it(tmp_path: Path
         "next": f"python scripts/evaluate.py --checkpoint {tmp_path}/checkpoints/last.ckpt "
         "--seconds 300 (further)",
     }
+    for epoch, kept in ((0, 0.2), (2, 0.9)):
+        folder = tmp_path / f"longgen/epoch_{epoch:03d}"
+        write_json(folder / "probes.json", remembered(kept, 0.1, 0.1))
+        losses = [[2.0 - 0.1 * epoch, 1.9]] * 3
+        contexts = {"context_sec": [10, 100], "target_sec": 5, "stretches": [1, 2, 3]}
+        write_json(folder / "contexts.json", contexts | dict.fromkeys(GROUPS, losses))
+    gain = glance(tmp_path)["since epoch 1"]  # as all of them are called here
+    # at 60 and 240 s, 50 words: 10 were right and 45 are
+    assert gain == (
+        "own facts recalled beyond the window +70% [+53%, +80%]; loss behind 10 s, text "
+        "-0.200 [-0.200, -0.200]; loss behind 100 s, text +0.000 [+0.000, +0.000]"
+    )
     (tmp_path / "config.yaml").write_text("trainer: {}\n")
     assert glance(tmp_path)["data"].startswith("trained on the bundled recordings, ")
 
