@@ -14,33 +14,22 @@ from torch.utils.tensorboard.summary import hparams
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.report.figures import evaluation_pictures
 from moshi_ttt.report.headline import headline
-from moshi_ttt.teacher_forcing.controls import MEMORIES
 
-RESULTS = (
-    "val/loss",
-    "longgen/recall/beyond_window/kept",
-    "longgen/recall/beyond_window/reset",
-    "longgen/jump/count",
-)
-"""Scalars that the table of runs shows beside their settings, as they were last."""
-
-
-VERDICT = {
-    "recall beyond the window": [f"longgen/recall/beyond_window/{memory}" for memory in MEMORIES],
-    "loss of the same seconds behind 10 and 100 s, words": [
-        f"longgen/nll/text/behind_{seconds}s" for seconds in (10, 100)
-    ],
-    "jumps of the norms": ["longgen/jump/count"],
-    "what the memories add, over the residual": ["memory/branch_ratio/.*"],
-    "times real time": ["longgen/times_real_time"],
+FIRST = {
+    "longgen/recall/beyond_window/kept": "at_a_glance/recall_beyond_window",
+    "longgen/recall/beyond_window/reset": "at_a_glance/recall_beyond_window_memory_reset",
+    "longgen/nll/text/behind_10s": "at_a_glance/nll_text_behind_10s",
+    "longgen/nll/text/behind_100s": "at_a_glance/nll_text_behind_100s",
+    "longgen/jump/count": "at_a_glance/jumps",
+    "longgen/times_real_time": "at_a_glance/times_real_time",
 }
-"""Charts of TensorBoard's tab `Custom scalars`, by title: the tags of each."""
+"""Scalars of an evaluation that TensorBoard shows on its first page, under these tags."""
+RESULTS = ("val/loss", *FIRST.values())
+"""Scalars that the table of runs shows beside their settings, as they were last."""
 
 
 def log_settings(writer: SummaryWriter, text: str, settings: Mapping[str, Any]) -> None:
     """Write the resolved settings as text, and as hyper-parameters beside `RESULTS`.
-
-    And lay out the charts of the verdict.
 
     Args:
         writer: of the run's scalars.
@@ -48,8 +37,6 @@ def log_settings(writer: SummaryWriter, text: str, settings: Mapping[str, Any]) 
         settings: the same, by key; those that are None are left out of the table.
     """
     writer.add_text("settings", f"```\n{text}\n```")
-    charts = {title: ["Multiline", tags] for title, tags in VERDICT.items()}
-    writer.add_custom_scalars({"verdict": charts})
     plain = (bool, int, float, str)
     values = {
         key: value if isinstance(value, plain) else str(value)
@@ -82,7 +69,7 @@ def log_evaluation(writer: SummaryWriter, folder: Path, global_step: int) -> dic
     lines = "\n".join(f"- {line}" for line in headline(evaluation, trace))
     writer.add_text("longgen/headline", lines, global_step)
     for tag, value in evaluation.scalars.items():
-        writer.add_scalar(tag, value, global_step)
+        writer.add_scalar(FIRST.get(tag, tag), value, global_step)
     pictures = evaluation_pictures(evaluation, trace)
     for name, picture in pictures.items():
         writer.add_image(f"longgen/figures/{name}", picture, global_step, dataformats="HWC")

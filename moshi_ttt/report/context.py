@@ -47,10 +47,11 @@ def context_table(contexts: Mapping[str, Any] | None) -> list[str]:
     lengths = contexts["context_sec"]
     near, far = (lengths.index(pick(lengths)) for pick in (min, max))
     header = ["nats a token", *(f"behind {seconds:g} s" for seconds in lengths), "difference"]
-    rows: list[list[str | float]] = []
+    rows = []
     for group in GROUPS:
         losses = np.array(contexts[group], dtype=float).T  # [contexts, stretches]
-        means = map(finite_mean, losses)
+        known = [finite_mean(one) for one in losses]
+        means = [None if mean != mean else f"{mean:.3f}" for mean in known]
         rows.append([group.replace("_", " "), *means, loss_difference(losses[far], losses[near])])
     note = (
         f"The same {contexts['target_sec']:g} s of {len(contexts['stretches'])} stretches of "

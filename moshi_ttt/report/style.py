@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.ndimage import median_filter
 
 from moshi_ttt.clock import Clock
@@ -99,6 +99,7 @@ def fit_height(axes: Axes, values: np.ndarray, *, room: float, foot: float = 0.0
         axes.set_ylim(low / (high / low) ** foot, high * (high / low) ** room)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         extent = (high - low) or abs(high) or 1.0
         axes.set_ylim(low - foot * extent, high + room * extent)
