@@ -34,14 +34,38 @@ def comparison_section(
         evaluations: by label.
         traces: of the same labels.
     """
-    window_sec = max(trace.clock.seconds(trace.context_steps) for trace in traces.values())
-    shown = list(evaluations.values())
-    rows = [*_recall_rows(shown, window_sec), *_context_rows(shown), *_loss_rows(shown)]
+    rows = comparison_rows(evaluations, traces)
     warned = [html.paragraph(text, kind="warning") for text in warnings(evaluations, traces)]
     if not rows:
         return warned
     table = html.table(["", *evaluations], rows)
     return [*warned, table, html.paragraph(NOTE, kind="note")]
+
+
+def comparison_rows(
+    evaluations: Mapping[str, Evaluation], traces: Mapping[str, Trace]
+) -> list[Row]:
+    """Name of each measure, and what it is in each evaluation; nothing that was not measured."""
+    window_sec = max(trace.clock.seconds(trace.context_steps) for trace in traces.values())
+    shown = list(evaluations.values())
+    return [*_recall_rows(shown, window_sec), *_context_rows(shown), *_loss_rows(shown)]
+
+
+def comparison_lines(
+    evaluations: Mapping[str, Evaluation], traces: Mapping[str, Trace]
+) -> list[str]:
+    """The rows that matter most, and the warnings, for a console."""
+    rows = comparison_rows(evaluations, traces)
+    told = [row for row in rows if str(row[0]).endswith((", kept", ", text"))]
+    labels = list(evaluations)
+    return [
+        *warnings(evaluations, traces),
+        *(
+            f"{name}: "
+            + "; ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True))
+            for name, *values in told
+        ),
+    ]
 
 
 def _recall_rows(evaluations: Sequence[Evaluation], window_sec: float) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.stats import t
 
 from moshi_ttt.teacher_forcing.controls import Share
 
@@ -10,14 +11,16 @@ from moshi_ttt.teacher_forcing.controls import Share
 def loss_difference(loss: np.ndarray, reference: np.ndarray) -> str:
     """Mean difference of two losses of the same windows or stretches, [n] each, in nats.
 
-    The interval is as if those were independent; where one of the two is NaN they are left out.
+    The interval is Student's, as if those were independent; where one of the two is NaN they are
+    left out.
     """
     differences = loss - reference
     differences = differences[np.isfinite(differences)]
     if len(differences) < 2:
         return f"{differences.mean():+.3f}" if len(differences) else "-"
     mean = differences.mean()
-    half = 1.96 * differences.std(ddof=1) / np.sqrt(len(differences))
+    error = differences.std(ddof=1) / np.sqrt(len(differences))
+    half = float(t.ppf(0.975, len(differences) - 1)) * error
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 

@@ -6,7 +6,7 @@ reader wants to know comes first; what is the same in every run, or for experts,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from moshi_ttt.files import write_bytes
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section
-from moshi_ttt.report.comparison import comparison_section
+from moshi_ttt.report.comparison import comparison_lines, comparison_section
 from moshi_ttt.report.context import context_table
 from moshi_ttt.report.figures import evaluation_pictures, png, png_of
 from moshi_ttt.report.glance import at_a_glance
@@ -90,12 +90,15 @@ def write_report(
     return _write(run_folder / "report.html", title, [*body, *_glossary(evaluations)])
 
 
-def compare_report(folders: Sequence[Path], out: Path) -> Path:
+def compare_report(
+    folders: Sequence[Path], out: Path, say: Callable[[str], object] = print
+) -> Path:
     """Write one page that lays several runs over each other.
 
     Args:
         folders: runs, of which the latest evaluation is taken, or evaluation folders.
         out: file to write.
+        say: takes each line of what matters most in it.
 
     Raises:
         UserError: a folder without a finished evaluation.
@@ -110,6 +113,8 @@ def compare_report(folders: Sequence[Path], out: Path) -> Path:
         labels = [f"{label} [{number}]" for number, label in enumerate(labels, 1)]
     traces = {label: one.trace() for label, one in zip(labels, evaluations, strict=True)}
     by_label = dict(zip(labels, evaluations, strict=True))
+    for line in comparison_lines(by_label, traces):
+        say(line)
     clock = traces[labels[0]].clock
     body = [html.paragraph(clock_note(clock), kind="lead"), *comparison_section(by_label, traces)]
     for label, trace in traces.items():

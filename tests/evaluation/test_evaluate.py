@@ -14,6 +14,7 @@ import soundfile
 import torch
 import yaml
 
+from moshi_ttt.command_line import parse
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
 from moshi_ttt.evaluation.config import LongRunConfig
@@ -273,6 +274,8 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
     settings = yaml.safe_load((report.parent / "config.yaml").read_text())
     assert settings["context_steps"] == 12
     assert settings["run"]["seeds"] == 2
+    again = parse(program._parser(), ["--config", f"{report.parent}/config.yaml"])
+    assert (again.context_steps, again.seconds, again.run.seeds) == (12, 3, 2)
     trace = Trace.load(report.parent / "longgen/evaluation")
     assert trace.steps == 38
     assert trace.branch_ratio.shape == (2, 0, 38)
@@ -283,5 +286,6 @@ def test_evaluate_writes_a_report_of_the_vanilla_control_and_compares(
     assert overlay == tmp_path / "both/000/report.html"
     text = overlay.read_text()
     assert "different lengths" in text
+    assert "different lengths" in capsys.readouterr().out
     assert "tiny (vanilla, C = 12 steps)" in text
     assert "epoch 1" in text

@@ -12,7 +12,12 @@ import pytest
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.files import write_json
 from moshi_ttt.instruments.trace import Trace
-from moshi_ttt.report.comparison import common_contexts, common_losses, comparison_section
+from moshi_ttt.report.comparison import (
+    common_contexts,
+    common_losses,
+    comparison_lines,
+    comparison_section,
+)
 from moshi_ttt.report.intervals import loss_difference, share_difference
 from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.controls import Share
@@ -39,7 +44,7 @@ def test_an_interval_is_that_of_paired_differences() -> None:
     reference = np.array([1.0, 5.0, 2.0, 9.0])
     changes = np.array([0.1, 0.3, 0.1, 0.3])
     found = loss_difference(reference + changes, reference)
-    half = 1.96 * np.std([0.1, 0.3, 0.1, 0.3], ddof=1) / 2
+    half = 3.182 * np.std([0.1, 0.3, 0.1, 0.3], ddof=1) / 2  # Student's t, 3 degrees of freedom
     assert found == f"+0.200 [{0.2 - half:+.3f}, {0.2 + half:+.3f}]"
     some = np.append(reference, np.nan), np.append(reference, 1.0)
     assert loss_difference(some[0] + np.append(changes, 0), some[1]) == found
@@ -104,6 +109,15 @@ def test_what_differs_between_runs_is_said(tmp_path: Path) -> None:
     assert by_name["recall, own, kept"] == ["50% [22%, 78%]", "75% [41%, 93%] (+25% [-19%, +59%])"]
     assert by_name["loss behind 10 s, text"] == ["-4.000", "-4.100 (-0.100 [-0.100, -0.100])"]
     assert by_name["loss by position, text"] == ["2.050", "1.950 (-0.100 [-0.100, -0.100])"]
+    lines = comparison_lines(
+        {name: evaluations[name] for name in "ab"}, {name: traces[name] for name in "ab"}
+    )
+    assert lines[0] == "recall, own, kept: a 50% [22%, 78%]; b 75% [41%, 93%] (+25% [-19%, +59%])"
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "loss behind 10 s, text",
+        "loss behind 100 s, text",
+        "loss by position, text",
+    ]
     *warned, table, _ = comparison_section(evaluations, traces)
     text = " ".join(warned)
     for part in (

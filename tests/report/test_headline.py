@@ -104,7 +104,7 @@ def test_the_loss_behind_contexts_is_told_with_what_more_of_it_helps(say: Any) -
     contexts["first_codebook"] = [[None, None]] * 3
     assert say(make_trace(), contexts=contexts).splitlines()[1] == (
         "Behind 10 s and behind 100 s of what was said before them, the same seconds of recordings "
-        "cost 2.50 and 2.10 for words (-0.400 [-0.596, -0.204]) (nats a token; negative: more "
+        "cost 2.50 and 2.10 for words (-0.400 [-1.671, +0.871]) (nats a token; negative: more "
         "helps)."
     )
     alone = {key: [[2.0]] for key in ("text", "first_codebook")} | {"context_sec": [10]}
