@@ -5,6 +5,7 @@ Every field is explained by `--help`; `--print_config` prints the resolved confi
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,16 @@ def nested_configs() -> dict[str, type]:
     }
 
 
+def without_tips() -> None:
+    """Lightning's messages, but none about products."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(_no_tip)
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: " not in record.getMessage()
+
+
 def multiply_fast(trainer: Trainer) -> None:
     """In mixed precision let a GPU multiply in TF32 what stays fp32, such as a memory's own maths.
 
@@ -206,13 +217,17 @@ def main(args: list[str] | None = None) -> Path:
     Raises:
         UserError: no recipe is given, or something in it cannot be used.
     """
+    without_tips()
     cli = FitCLI(
         MoshiTTT,
         ConversationData,
         args=args,
         run=False,
         auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [LearningRateMonitor("step"), Pace()]},
+        trainer_defaults={
+            "callbacks": [LearningRateMonitor("step"), Pace()],
+            "enable_model_summary": False,  # the module says by itself how much trains
+        },
         save_config_callback=SaveConfigLate,
         save_config_kwargs={"overwrite": True},
     )
@@ -234,7 +249,7 @@ def main(args: list[str] | None = None) -> Path:
     if (report := cli.run_folder / "report.html").exists():
         latest = find_evaluations(cli.run_folder)[-1]
         lines = ["", *headline(latest, latest.trace()), *lines, f"report:      {report}"]
-    lines.append(f"TensorBoard: tensorboard --logdir {cli.run_folder}")
+    lines.append(f"TensorBoard: tensorboard --logdir {cli.run_folder.parent}")
     if torch.cuda.is_available():
         lines.append(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")
     cli.trainer.print("\n".join(lines))

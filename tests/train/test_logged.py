@@ -1,14 +1,15 @@
-"""What training writes to TensorBoard."""
+"""What training writes to TensorBoard and says on the console."""
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.fit import main
+from train.fit import main, without_tips
 
 LOSSES = ("loss", "text_loss", "audio_loss")
 
@@ -62,3 +63,12 @@ def test_what_is_logged_is_the_same_however_often_it_is_logged(
     names |= {*LOSSES, "magnitude_penalty"}
     names |= {"grad_norm/gates", "grad_norm/memory"}
     assert {tag.removeprefix("train/") for tag, _ in logged[3]} == names
+
+
+def test_lightning_says_what_it_says_but_no_tips(caplog: pytest.LogCaptureFixture) -> None:
+    without_tips()
+    said = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with caplog.at_level(logging.INFO):
+        said.info("Tip: For seamless cloud logging, try another product")
+        said.info("GPU available: False")
+    assert caplog.messages == ["GPU available: False"]
