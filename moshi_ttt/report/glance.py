@@ -53,13 +53,13 @@ def _model(latest: Evaluation, trace: Trace) -> str:
 
 
 def _data(config: dict[str, Any], latest: Evaluation, trace: Trace) -> str:
+    clips = f"{_seconds(trace, trace.trained_steps)} clips" if trace.trained_steps else ""
     parts = []
     if "trainer" in config:
-        clips = (
-            "" if trace.trained_steps is None else f", {_seconds(trace, trace.trained_steps)} clips"
-        )
         manifest = config.get("data", {}).get("manifest") or "the bundled recordings"
-        parts.append(f"trained on {manifest}{clips}")
+        parts.append(", ".join(filter(None, (f"trained on {manifest}", clips))))
+    elif clips:
+        parts.append(f"trained on {clips}")
     if examined := latest.summary.get("about", {}).get("examined with"):
         parts.append(f"examined with {examined}")
     return "; ".join(parts)

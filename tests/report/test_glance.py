@@ -57,6 +57,7 @@ def test_an_evaluation_with_a_jump_says_how_to_find_out_why(tmp_path: Path) -> N
     ):
         (tmp_path / "config.yaml").write_text(config)
         found = glance(tmp_path)
+        assert found["data"] == "trained on 60 s clips; examined with 2 recordings"
         assert found["again"] == f"python scripts/evaluate.py --config {tmp_path}/config.yaml"
         assert found["next"].startswith(f"python scripts/attribute_jump.py {subject} (why")
 
