@@ -81,8 +81,11 @@ def _write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
             Path(name).chmod(0o644)
             Path(name).replace(path)  # closed, it would count as litter
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        # torch.save, broken off, fails once more while it closes its archive
+        if isinstance(error, RuntimeError) and error.__context__ is not None:
+            raise error.__context__ from None
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

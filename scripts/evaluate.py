@@ -3,6 +3,8 @@
     python scripts/evaluate.py --checkpoint runs/long60s/000/checkpoints/last.ckpt --seconds 120
     python scripts/evaluate.py --checkpoint last.ckpt --context_steps 500  # another window
     python scripts/evaluate.py --checkpoint last.ckpt --sinks 4 --inner_rate 0.5
+    python scripts/evaluate.py --checkpoint last.ckpt --thinning 3  # older keys thinned out
+    python scripts/evaluate.py --checkpoint last.ckpt --run.chunk_sec 15  # in chunks
     python scripts/evaluate.py --model tiny --seconds 120
     python scripts/evaluate.py --model tiny --log_interval 8s | grep event=ring_turn
     python scripts/evaluate.py --model tiny --input me.wav --output moshi.wav   # what it answers
@@ -58,6 +60,8 @@ def main(args: list[str] | None = None) -> Path:
         context_steps=options.context_steps,
         base=options.base,
         sinks=options.sinks,
+        thinning=options.thinning,
+        farthest_steps=options.farthest_steps,
         inner_rate=options.inner_rate,
     )
     return _answer(subject, options) if options.input else _evaluate(subject, options, parser)
@@ -89,7 +93,14 @@ def _evaluate(subject: Subject, options: Namespace, parser: ArgumentParser) -> P
         beside, name = options.checkpoint.parent.parent / "evaluate", options.checkpoint.stem
     else:
         beside, name = Path("runs/evaluate"), short_name(options.model)
-    changes = {"C": options.context_steps, "sinks": options.sinks, "rate": options.inner_rate}
+    changes = {
+        "C": options.context_steps,
+        "sinks": options.sinks,
+        "thinning": options.thinning,
+        "farthest": options.farthest_steps,
+        "rate": options.inner_rate,
+        "chunk": run.chunk_sec,
+    }
     changed = "".join(f"_{key}{one:g}" for key, one in changes.items() if one is not None)
     manifest = options.manifest or bundled_held_out(source)
     recordings = read_recordings(source, manifest, options.cache_dir)
@@ -103,7 +114,7 @@ def _evaluate(subject: Subject, options: Namespace, parser: ArgumentParser) -> P
             recordings,
             run,
             folder,
-            label=subject.label,
+            label=subject.label + run.said,
             trained_steps=subject.trained_steps,
         )
     evaluation = Evaluation.load(folder)
@@ -123,6 +134,16 @@ def _parser() -> ArgumentParser:
         help="Ring capacity C to try it with; null: its own, or what it was trained with.",
     )
     add("--sinks", type=int, help="First steps that are never evicted; null: as it was trained.")
+    add(
+        "--thinning",
+        type=int,
+        help="How often older keys are halved within C, 3: every eighth is left; null: likewise.",
+    )
+    add(
+        "--farthest_steps",
+        type=int,
+        help="How far away a key may seem, e.g. the trained window - 1; null: likewise.",
+    )
     add(
         "--inner_rate",
         type=float,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from moshi_ttt.memory import MemoryConfig, build_rule
 from moshi_ttt.memory.gated_delta.chunked import chunked
 from moshi_ttt.memory.gated_delta.kernel import by_kernel
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers
+from train.fit import main as fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MakeLM = Callable[..., LMModel]
@@ -121,3 +123,22 @@ def test_mixed_precision_takes_the_kernel_and_single_precision_does_not() -> Non
     assert not torch.equal(mixed, exact)
     assert (mixed - exact).norm() < 0.03 * exact.norm()
     assert state["updates"].tolist() == [70, 70]
+
+
+@pytest.mark.parametrize(("usable", "chosen"), [(0.9, "off"), (1e-4, "on")])
+def test_activation_checkpointing_is_for_batches_that_do_not_fit_without(
+    usable: float,
+    chosen: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("train.checkpointing.USABLE", usable)
+    fit(
+        [
+            *("--config", "long15s.yaml", "--trainer.max_steps=2", f"--run_dir={tmp_path}"),
+            *("--trainer.accelerator=gpu", "--trainer.devices=1", "--trainer.limit_val_batches=1"),
+            "--long_generation.every_n_epochs=0",
+        ]
+    )
+    assert f"activation checkpointing: {chosen}, a step" in capsys.readouterr().out

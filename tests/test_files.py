@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
 from data_fakes import CLOCK, FakeSource, LetterTokenizer, write_manifest
 
 from moshi_ttt.data import ManifestCheck, RecordingReader, check_manifest, read_manifest
@@ -186,3 +187,32 @@ def test_a_file_that_is_taken_for_litter_at_birth_is_made_again(
     monkeypatch.setattr(tempfile, "mkstemp", made_and_cleared)
     write_bytes(tmp_path / "a", b"whole")
     assert (len(made), (tmp_path / "a").read_bytes()) == (2, b"whole")
+
+
+class Broken(io.BytesIO):
+    """A file that takes some of what is written to it."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
+    def write(self, data: Any, /) -> int:
+        if self.tell() > 1000:
+            raise self._error
+        return super().write(data)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (KeyboardInterrupt("a signal"), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), UserError),
+    ],
+)
+def test_what_breaks_a_checkpoint_off_is_what_is_said(
+    tmp_path: Path, error: BaseException, raised: type[BaseException]
+) -> None:
+    checkpoint = {name: torch.zeros(1000) for name in "abc"}
+    with pytest.raises(raised, match=r"a signal|cannot be written \(No space left"):
+        write_atomic(tmp_path / "last.ckpt", lambda _: torch.save(checkpoint, Broken(error)))
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from moshi_ttt.model.branch import BranchStats
@@ -15,6 +16,15 @@ def parameter_counts(
     """Parameters of each group that trains, and `frozen` of all others."""
     counts = {name: sum(p.numel() for p in group.values()) for name, group in groups.items()}
     return counts | {"frozen": sum(p.numel() for p in lm.parameters() if not p.requires_grad)}
+
+
+def gradient_norms(groups: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """L2 norm of the gradient of each group; 0 where none has come."""
+    norms = {}
+    for name, group in groups.items():
+        gradients = [p.grad for p in group.values() if p.grad is not None]
+        norms[name] = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return norms
 
 
 def branch_scalars(stats: BranchStats, layer: str) -> dict[str, Tensor]:

@@ -32,8 +32,9 @@ from moshi_ttt.teacher_forcing.distillation import DistillationConfig, base_outp
 from moshi_ttt.teacher_forcing.losses import LossConfig, magnitude_penalty, read_clips
 from moshi_ttt.teacher_forcing.nll import PositionNLL
 from train.carry import Carry
-from train.logged import branch_scalars, parameter_counts
-from train.optim import OptimConfig, adamw, apply_settings
+from train.checkpointing import Checkpointing, choose_checkpointing
+from train.logged import branch_scalars, gradient_norms, parameter_counts
+from train.optim import OptimConfig, adamw, apply_settings, clip_gradients
 from train.resume import check_resumes, gathered, random_states, restore_random_states
 
 # the output gate starts at zero and shields the memory behind it until its first update
@@ -52,7 +53,11 @@ class MoshiTTT(LightningModule):
         context_steps: Attention window and ring capacity C of the temporal transformer in steps
             of 80 ms, in training and in generation; null keeps the checkpoint's own.
         sinks: First steps that stay visible beside the window, in training and in generation.
-        gradient_checkpointing: Recompute each layer in the backward pass; less memory, more time.
+        thinning: How often older keys are halved, with as many keys as the window has: 3 sees two
+            fifths of it whole, then every 2nd, 4th, 8th step, three times as far; 0: all of it.
+        farthest_steps: How far away a key, e.g. a sink, may seem; null: as far as it is.
+        gradient_checkpointing: Recompute each layer in the backward pass: less memory, more time.
+            `auto` tries one step beforehand, and does it where the GPU's memory asks for it.
         init_from: Start from trained weights: `tiny` (the memory bundled with that model), or the
             `.safetensors` file of another run; a part of what trains now is enough.
         train: What learns: `memory` or `lora` or `memory+lora` on a frozen Moshi, `base` (Moshi's
@@ -73,7 +78,9 @@ class MoshiTTT(LightningModule):
         dtype: Dtype = "float32",
         context_steps: int | None = None,
         sinks: int = 0,
-        gradient_checkpointing: bool = False,
+        thinning: int = 0,
+        farthest_steps: int | None = None,
+        gradient_checkpointing: Checkpointing = "auto",
         init_from: str | None = None,
         train: Trained = "memory",
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
@@ -89,6 +96,8 @@ class MoshiTTT(LightningModule):
                 dtype=dtype,
                 context_steps=context_steps,
                 sinks=sinks,
+                thinning=thinning,
+                farthest_steps=farthest_steps,
                 train=train,
                 memory=memory,
                 lora=lora,
@@ -116,7 +125,7 @@ class MoshiTTT(LightningModule):
             self.source = open_source(self.config.source)
             check_fits(self.config, self.source)
             if self.init_from is not None:
-                check_start(self.init_from, self.source)
+                check_start(self.init_from, self.config, self.source)
 
     def configure_model(self) -> None:
         """Lightning's hook for expensive construction."""
@@ -125,16 +134,22 @@ class MoshiTTT(LightningModule):
         if not hasattr(self, "source"):
             self.check()
         with settings_at("model"):
-            self.lm = build_lm(self.config, self.source, self.device, self.gradient_checkpointing)
+            self.lm = build_lm(
+                self.config, self.source, self.device, self.gradient_checkpointing is True
+            )
             if self.init_from is not None:
                 start_from(self.lm, self.init_from)
         self.lm.train()  # moshi loads in eval mode and Lightning keeps what it finds
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        with settings_at("model.loss"):
+            self.loss_config.check_fits(self.lm.context, data.clip_steps)
         self.val_nll = PositionNLL(data.clip_steps, windows=1)
         self.val_loss = MeanMetric()
 
     def on_fit_start(self) -> None:
-        """Say how much trains."""
+        """Say how much trains, and what it takes."""
+        if self.gradient_checkpointing == "auto":
+            choose_checkpointing(self, self.trainer)
         counts = parameter_counts(self.lm, self._groups)
         self.print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
         self._silent_groups = set(self._groups)
@@ -212,15 +227,10 @@ class MoshiTTT(LightningModule):
         logs = self._logs_this_step
         if not logs and not self._silent_groups:
             return
-        norms = {}
-        for name, group in self._groups.items():
-            gradients = [p.grad for p in group.values() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-            norms[f"train/grad_norm/{name}"] = norm
-            if name in self._silent_groups and norm > 0:
-                self._silent_groups.remove(name)
+        norms = gradient_norms(self._groups)
+        self._silent_groups -= {name for name in self._silent_groups if norms[name] > 0}
         if logs:
-            self.log_dict(norms)
+            self.log_dict({f"train/grad_norm/{name}": norm for name, norm in norms.items()})
         if self._silent_groups and self.global_step + 1 >= GRADIENT_CHECK_STEPS:
             raise UserError(
                 f"no gradient reached {', '.join(sorted(self._silent_groups))} in "
@@ -246,11 +256,7 @@ class MoshiTTT(LightningModule):
         if not (self._fuses and gradient_clip_val):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the groups, and a schedule over all optimizer steps of the run."""

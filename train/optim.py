@@ -99,3 +99,14 @@ def apply_settings(
         schedule.base_lrs[index] = group["initial_lr"] = new["lr"]
         group["lr"] = new["lr"] * factor(schedule.last_epoch)
         group["weight_decay"], group["betas"] = new["weight_decay"], new["betas"]
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, most: float, algorithm: str | None = None
+) -> None:
+    """Clip what the optimizer reads: each entry if `algorithm` is `value`, else their norm."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if algorithm == "value":
+        torch.nn.utils.clip_grad_value_(parameters, most)
+    else:
+        torch.nn.utils.clip_grad_norm_(parameters, most)

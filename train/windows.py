@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moshi_ttt.errors import UserError, check_bounds
+from moshi_ttt.errors import UserError, check_bounds, settings_at
+from moshi_ttt.model.sinks import check_thinning
 from moshi_ttt.model.window import set_window
 
 
@@ -42,6 +43,11 @@ class RandomWindows(Callback):
         """Remember the window that the model has."""
         module: Any = pl_module
         self._own_steps = module.lm.context
+        if self.shortest_steps is not None:
+            check_thinning("model.thinning", module.config.thinning, self.shortest_steps)
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            with settings_at("model.loss"):
+                module.loss_config.check_fits(self.longest_steps, data.clip_steps)
 
     def draw(self, step: int, batch: int) -> int:
         """The window of a batch of an optimizer step."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.errors import check_bounds, check_fields
+from moshi_ttt.generation.chunks import Chunks
 
 STEPS_PAST_2C = 150
 """12 s: how far a run goes beyond the second turn of the ring, unless told otherwise."""
@@ -26,6 +27,13 @@ class LongRunConfig:
     prompt_sec: float = 10.0
     """Seconds of a recording that are forced before the model runs free; the length of the run or
     more forces it throughout, which records the model reading instead of talking."""
+    chunk_sec: float | None = None
+    """Generate in chunks: after every so many seconds attention begins afresh, with what was said
+    last read once more; null goes on with what the ring holds."""
+    reprompt_sec: float = 5.0
+    """Seconds that are read again where a chunk begins."""
+    keep_memory: bool = True
+    """Whether the memory goes on from chunk to chunk; otherwise it begins afresh as well."""
     user: Literal["recording", "silence"] = "recording"
     """What the user does after the prompt: goes on as recorded (then silence), or is silent."""
     temperature: float = 0.8
@@ -70,8 +78,26 @@ class LongRunConfig:
         check_fields(self, "quality_window_sec", above=0)
         for seconds in self.context_sec:
             check_bounds("context_sec", seconds, above=0)
-        check_fields(self, "prompt_sec", "audio_streams", least=0)
         Clock().interval("log_interval", self.log_interval)  # the form is no matter of the clock
+        check_fields(self, "reprompt_sec", above=0)
+        remedy = "a chunk adds something to what is read again in it; lower reprompt_sec"
+        check_fields(self, "chunk_sec", above=self.reprompt_sec, remedy=remedy)
+        check_fields(self, "prompt_sec", "audio_streams", least=0)
+
+    @property
+    def said(self) -> str:
+        """What a title adds to the name of a model that runs so; nothing as a rule."""
+        if self.chunk_sec is None:
+            return ""
+        memory = "" if self.keep_memory else ", memory not kept"
+        return f", chunks of {self.chunk_sec:g} s{memory}"
+
+    def chunks(self, clock: Clock) -> Chunks | None:
+        """Where the run is cut, in steps; None: nowhere."""
+        if self.chunk_sec is None:
+            return None
+        again = clock.steps(self.reprompt_sec)
+        return Chunks(max(clock.steps(self.chunk_sec), again + 1), again, self.keep_memory)
 
     def steps(self, clock: Clock, context_steps: int) -> int:
         """Length of the run in steps."""

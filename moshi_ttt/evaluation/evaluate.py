@@ -64,6 +64,7 @@ def evaluate(
     """
     started_sec = time.monotonic()
     clock, codec = source.clock, source.codec(lm.device)
+    chunks = config.chunks(clock)
     talked = talk(lm, source, codec, recordings, config, label=label, trained_steps=trained_steps)
     read = read or _read(lm, clock, recordings, config, talked.trace.steps)
     # the random 7B borrows a codec with smaller codebooks: most of its tokens have no sound
@@ -76,6 +77,7 @@ def evaluate(
         starts_word=word_starts(source.tokenizer()),
         cardinality=lm.card,
         codec=codec if audible else None,
+        seams=[] if chunks is None else chunks.seams(talked.trace.steps),
     )
     if clock.interval("log_interval", config.log_interval):
         log_events((jump.event() for jump in judged.jumps), clock)

@@ -5,7 +5,8 @@
     nll.json                    teacher-forced loss by position, what `read_teacher_forced` gives
     contexts.json               loss of the same seconds behind contexts, what
                                 `ContextSweep.record` gives, if recordings were long enough
-    quality.json                text and sound around the positions, what `listening.listen` gives
+    quality.json                text and sound around the positions, what `listening.listen` gives,
+                                and at seams, if it was generated in chunks, `seam_measures`
     probes.json                 recall of planted facts by memory and group, what `recall_record`
                                 gives of each, if the recordings held any
     transcripts.json            what each stream said, word by word: [second, word]

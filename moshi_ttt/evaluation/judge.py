@@ -10,7 +10,8 @@ import numpy as np
 from moshi.models.compression import MimiModel
 
 from moshi_ttt.diagnosis.jumps import Jump, find_jumps
-from moshi_ttt.diagnosis.listening import listen
+from moshi_ttt.diagnosis.listening import decode, listen
+from moshi_ttt.diagnosis.seams import seam_measures
 from moshi_ttt.evaluation.scalars import evaluation_scalars
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.teacher_forcing.recordings import TeacherForced
@@ -39,6 +40,7 @@ def judge(
     starts_word: np.ndarray,
     cardinality: int,
     codec: MimiModel | None,
+    seams: Sequence[int] = (),
 ) -> Judgement:
     """Find jumps, listen around the positions, and sum up; no model is needed any more.
 
@@ -50,6 +52,7 @@ def judge(
         starts_word: what `listening.word_starts` says of the tokenizer.
         cardinality: entries of a codebook.
         codec: turns the codes into sound; None if they have none.
+        seams: steps before which attention began afresh.
     """
     jumps = find_jumps(trace)
     quality = listen(
@@ -61,5 +64,13 @@ def judge(
         cardinality=cardinality,
         codec=codec,
     )
+    if seams:
+        quality["seams"] = seam_measures(
+            trace,
+            seams,
+            window_steps=window_steps,
+            starts_word=starts_word,
+            sound=None if codec is None else decode(codec, trace.codes),
+        )
     scalars = evaluation_scalars(trace, jumps, read, quality, steps_per_sec=steps_per_sec)
     return Judgement(jumps, read, quality, scalars)

@@ -43,7 +43,7 @@ def reply(lm: LMModel, source: ModelSource, path: Path, config: LongRunConfig) -
         lm: model under test; handed back unchanged.
         source: whose codec, tokenizer and clock go with it.
         path: audio of one channel, the user; or of two, of which the right one is the user.
-        config: seed, temperatures and top k; nothing else of it.
+        config: seed, temperatures, top k and chunks; nothing else of it.
 
     Raises:
         UserError: the audio cannot be read, or lasts less than two steps.
@@ -66,6 +66,7 @@ def reply(lm: LMModel, source: ModelSource, path: Path, config: LongRunConfig) -
             text_temperature=config.text_temperature,
             top_k=config.top_k,
             top_k_text=config.top_k_text,
+            chunks=config.chunks(clock),
             observers=[EachStep(lambda _: bar.update())],
         )[0].cpu()
     said = decode(codec, tokens[None, rows.own].numpy())[0]

@@ -176,6 +176,8 @@ def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:
             # one place may have several names; each would be the same curve again
             place = place_tag(position["names"][0])
             scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
+    for name, measure in quality.get("seams", {"measures": {}})["measures"].items():
+        scalars[f"longgen/seam/{name}/change"] = measure["change"]
     return scalars
 
 

@@ -158,6 +158,7 @@ def _generate(
             text_temperature=config.text_temperature,
             top_k=config.top_k,
             top_k_text=config.top_k_text,
+            chunks=config.chunks(facts["clock"]),
             observers=observers,
         ).cpu()
         return tokens, recorder, time.monotonic() - started_sec

@@ -11,6 +11,7 @@ import torch
 from moshi.models.lm import LMGen, LMModel
 from torch import Tensor
 
+from moshi_ttt.generation.chunks import Chunks, Seams
 from moshi_ttt.generation.observer import Observer
 from moshi_ttt.rows import TEXT_ROW, Rows
 
@@ -78,6 +79,7 @@ def generate(
     text_temperature: float = 0.7,
     top_k: int = 250,
     top_k_text: int = 25,
+    chunks: Chunks | None = None,
     observers: Sequence[Observer] = (),
 ) -> Tensor:
     """Force a prompt, then let the model run free against a given user.
@@ -90,10 +92,9 @@ def generate(
         lm: model in eval mode; call inside `borrowed`.
         prompt: [S, K, P] codes of P forced steps; -1 leaves a value to be sampled.
         user: [S, K_user, T] user codes of every step, prompt included; T is the length.
-        temperature: of audio sampling.
-        text_temperature: of text sampling.
-        top_k: of audio sampling.
-        top_k_text: of text sampling.
+        temperature, top_k: of audio sampling.
+        text_temperature, top_k_text: of text sampling.
+        chunks: where attention begins afresh; None goes on with what its rings hold.
         observers: watch the whole run; after each step they are called in this order.
 
     Returns:
@@ -101,55 +102,70 @@ def generate(
     """
     streams, _, steps = user.shape
     user = user.to(lm.device)
-    forcing = _Forcing(lm, prompt)
+    said = _Said(lm, prompt, steps)
     lm_gen = LMGen(
         lm,
         temp=temperature,
         temp_text=text_temperature,
         top_k=top_k,
         top_k_text=top_k_text,
-        on_text_hook=forcing.force_text,
-        on_audio_hook=forcing.force_audio,
+        on_text_hook=said.text,
+        on_audio_hook=said.audio,
     )
-    # room for all of it at once: a small tensor a step would pile up over a long run
-    delay = lm_gen.max_delay  # steps that give no frame yet
-    shape = (streams, Rows.of(lm).spoken.stop, max(0, steps - delay))
-    frames = torch.full(shape, -1, device=lm.device)
+
+    def read(step: int) -> None:
+        said.step = step
+        lm_gen.step(user[:, :, max(0, step - 1), None])
+
+    seams = Seams(chunks, lm_gen, read, observers)
     with fitting_threads(lm), ExitStack() as scope:
         scope.enter_context(lm_gen.streaming(streams))
         for observer in observers:
             scope.enter_context(observer.attached())
         for step in range(steps):
-            forcing.step = step
-            frame = lm_gen.step(user[:, :, max(0, step - 1), None])
-            if frame is not None:
-                frames[:, :, step - delay] = frame[..., 0]
+            seams.before(step)
+            read(step)
             for observer in observers:
                 observer.after_step(step)
         for observer in observers:
             observer.finish(steps)
-    return frames
+    return said.frames
 
 
-class _Forcing:
-    """Writes the prompt over what was sampled; `LMGen` calls it between its graphs."""
+class _Said:
+    """All that is said, in one place; `LMGen` calls it between its graphs, with what it sampled.
 
-    def __init__(self, lm: LMModel, prompt: Tensor) -> None:
+    What is known of a step already, of the prompt or because it has been said, is written over
+    what was sampled.
+    """
+
+    def __init__(self, lm: LMModel, prompt: Tensor, steps: int) -> None:
         self.step = 0
-        self._prompt = prompt.to(lm.device)  # [S, K, P]
-        own = Rows.of(lm).own
-        self._own, self._delays = self._prompt[:, own], lm.delays[own]
+        rows = Rows.of(lm)
+        # room for all of it at once: a small tensor a step would pile up over a long run. In front
+        # of it, for what delayed codebooks say before the first frame
+        self._lead = max(lm.delays)
+        shape = (len(prompt), rows.spoken.stop, self._lead + steps)
+        self._tokens = torch.full(shape, -1, device=lm.device)
+        forced = prompt[:, rows.spoken, :steps]
+        self._tokens[:, :, self._lead : self._lead + forced.shape[-1]] = forced
+        self._own = torch.arange(rows.own.start, rows.own.stop, device=lm.device)
+        self._first = self._lead - torch.tensor(lm.delays[rows.own], device=lm.device)
 
-    def force_text(self, text_token: Tensor) -> None:
+    def text(self, sampled: Tensor) -> None:
         """Text tokens [S] of the frame of this step."""
-        if self.step < self._prompt.shape[-1]:
-            forced = self._prompt[:, TEXT_ROW, self.step]
-            text_token.copy_(torch.where(forced >= 0, forced, text_token))
+        known = self._tokens[:, TEXT_ROW, self._lead + self.step]
+        sampled.copy_(torch.where(known >= 0, known, sampled))
+        known.copy_(sampled)
 
-    def force_audio(self, audio_tokens: Tensor) -> None:
+    def audio(self, sampled: Tensor) -> None:
         """Own codes [S, dep_q], each codebook of the frame that its delay leaves."""
-        for codebook, delay in enumerate(self._delays):
-            if 0 <= self.step - delay < self._prompt.shape[-1]:
-                forced = self._own[:, codebook, self.step - delay]
-                sampled = audio_tokens[:, codebook]
-                audio_tokens[:, codebook] = torch.where(forced >= 0, forced, sampled)
+        at = self._own, self._first + self.step
+        known = self._tokens[:, *at]
+        sampled.copy_(torch.where(known >= 0, known, sampled))
+        self._tokens[:, *at] = sampled
+
+    @property
+    def frames(self) -> Tensor:
+        """What is complete, [S, K_spoken, T - lead]."""
+        return self._tokens[:, :, self._lead : max(self._lead, self._tokens.shape[-1] - self._lead)]

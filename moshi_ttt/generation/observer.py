@@ -21,6 +21,14 @@ class Observer(Protocol):
         """Called with each finished step, from 0; outside of any graph."""
         return
 
+    def reading_again(self, first: int, remembers: bool, /) -> AbstractContextManager[None]:
+        """Scope in which steps from `first` to the last one are read once more, in a new start.
+
+        They have been told of and are not again: what is seen in here belongs to no step.
+        `remembers`: whether memories go on from what they were before `first`, or begin afresh.
+        """
+        return nullcontext()
+
     def finish(self, steps: int, /) -> None:
         """Called once, after the last of `steps` steps, while the streaming state still exists."""
         return

@@ -7,17 +7,19 @@ And it ends at the `LMGen`, whose model streams apart. So only values travel, in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from moshi.models.lm import LMGen
+from moshi.models.lm import LMGen, LMModel
 from moshi.modules.streaming import State
 from moshi.modules.transformer import RingKVCache
 from torch import Tensor
 
 from moshi_ttt.errors import UserError
-from moshi_ttt.model.sinks import SinkRing
+from moshi_ttt.memory import MemoryState
+from moshi_ttt.model.hybrid import HybridLayer, hybrid_layers
+from moshi_ttt.model.kept import KeptRing
 
 SavedStream = dict[str, Tensor | int]
 """Values by module and name; plain enough for `torch.load(..., weights_only=True)`."""
@@ -41,7 +43,7 @@ def load_stream(lm_gen: LMGen, saved: SavedStream) -> None:
     Every value is written where the present one lies, so that captured CUDA graphs see it.
 
     Raises:
-        UserError: the stream saved is of another shape: streams, ring, sinks, memory; nothing has
+        UserError: the stream saved is of another shape: streams, ring, memory; nothing has
             been changed then.
     """
     present = list(_values(lm_gen))
@@ -58,6 +60,28 @@ def load_stream(lm_gen: LMGen, saved: SavedStream) -> None:
             value.copy_(new)
         else:
             setattr(holder, key, new)
+
+
+def save_memories(lm: LMModel) -> dict[int, MemoryState]:
+    """Copy the memories of a model that streams, by layer."""
+    return {
+        index: {name: value.clone() for name, value in _memory(layer).items()}
+        for index, layer in hybrid_layers(lm).items()
+    }
+
+
+@torch.no_grad()
+def load_memories(lm: LMModel, saved: Mapping[int, MemoryState]) -> None:
+    """Give some layers of a model that streams the memories that `save_memories` copied."""
+    for index, memory in saved.items():
+        present = _memory(hybrid_layers(lm)[index])
+        for name, value in memory.items():
+            present[name].copy_(value)
+
+
+def _memory(layer: HybridLayer) -> MemoryState:
+    memory: MemoryState = layer.branch.get_streaming_state()[""].memory
+    return memory
 
 
 def _shape(key: str, value: Tensor | int) -> object:
@@ -80,5 +104,5 @@ def _below(path: str, holder: Any) -> Iterator[tuple[str, Any, str, Tensor | int
     for key, value in items.items():
         if isinstance(value, Tensor) or type(value) is int:
             yield f"{path}.{key}", holder, key, value
-        elif isinstance(value, (dict, State, RingKVCache, SinkRing)):
+        elif isinstance(value, (dict, State, RingKVCache, KeptRing)):
             yield from _below(f"{path}.{key}", value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,11 @@ class Buffers:
     """
 
     def __init__(self, max_steps: int, batch_size: int, device: torch.device) -> None:
-        self._shape = (max_steps, batch_size)
+        self._spare = max_steps  # the row of what belongs to no step
+        self._shape = (max_steps + 1, batch_size)
         self._device = device
         self._step = torch.full((1,), -1, dtype=torch.long, device=device)
+        self._advance = torch.ones_like(self._step)
         self._values: dict[str, Tensor] = {}
 
     def add(self, columns: int, *names: str, dtype: torch.dtype = torch.float32) -> None:
@@ -31,7 +35,19 @@ class Buffers:
 
     def next_step(self, *_: Any) -> None:
         """Forward pre-hook: what follows belongs to the next step."""
-        self._step.add_(1)
+        self._step.add_(self._advance)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What comes in this scope belongs to no step."""
+        step = self._step.clone()
+        self._step.fill_(self._spare)
+        self._advance.zero_()
+        try:
+            yield
+        finally:
+            self._step.copy_(step)
+            self._advance.fill_(1)
 
     def write(self, name: str, values: Tensor) -> None:
         """Store the values of all streams, [S, columns], at the current step."""

@@ -44,11 +44,12 @@ def cache_events(rings: Sequence[CacheSnapshot], clock: Clock) -> list[Event]:
     """
     groups: dict[tuple[Any, ...], list[CacheSnapshot]] = defaultdict(list)
     for ring in rings:
-        key = (ring.role, ring.capacity, ring.heads, ring.head_dim, ring.sinks)
+        key = (ring.role, ring.capacity, ring.heads, ring.head_dim, ring.kept)
         groups[key].append(ring)
     events = []
     for alike in groups.values():
         ring = alike[0]
+        first = dataclasses.replace(ring, end_offset=0)
         steps = None if ring.role == "depformer" else ring.capacity / ring.positions_per_step
         detail = {
             "role": ring.role,
@@ -56,38 +57,45 @@ def cache_events(rings: Sequence[CacheSnapshot], clock: Clock) -> list[Event]:
             "capacity_sec": None if steps is None else clock.seconds(steps),
             "capacity_legacy_tokens": None if steps is None else clock.legacy_tokens(steps),
             "sinks": ring.sinks,
+            "thinning": ring.thinning,
             "rings": len(alike),
             "batch": ring.batch,
             "heads": ring.heads,
             "head_dim": ring.head_dim,
             "exec_mask": ring.exec_mask,
             "size_bytes": sum(one.size_bytes for one in alike),
-            **({} if steps is None else _next_turn(dataclasses.replace(ring, end_offset=0), clock)),
+            **({} if steps is None else _next_turn(first, -1, clock)),
             "modules": [one.module for one in alike],
         }
         events.append(Event("cache_created", 0, detail))
     return events
 
 
-def _next_turn(ring: CacheSnapshot, clock: Clock) -> dict[str, Any]:
-    """When writing goes back to the first slot again, by all clocks."""
-    step = ring.next_turn / ring.positions_per_step
+def _next_turn(ring: CacheSnapshot, step: int, clock: Clock) -> dict[str, Any]:
+    """When writing goes back to the first slot again, by all clocks.
+
+    Args:
+        ring: as it stands after `step`, at which it may be younger than the run.
+        step: of the run.
+        clock: of the run.
+    """
+    turn = step + 1 + (ring.next_turn - ring.end_offset) / ring.positions_per_step
     return {
-        "next_turn_step": step,
-        "next_turn_sec": clock.seconds(step),
-        "next_turn_legacy_token": clock.legacy_tokens(step),
+        "next_turn_step": turn,
+        "next_turn_sec": clock.seconds(turn),
+        "next_turn_legacy_token": clock.legacy_tokens(turn),
     }
 
 
-def _place(ring: CacheSnapshot, clock: Clock) -> dict[str, Any]:
+def _place(ring: CacheSnapshot, step: int, clock: Clock) -> dict[str, Any]:
     """Where a temporal ring stands after a step: what it wrote, holds and has lost."""
     return {
         "end_offset": ring.end_offset,
         "turn": ring.wraps,
         "slot": ring.slot,
-        "held_steps": ring.valid_positions,
+        "held_positions": ring.valid_positions,
         "lost_steps": ring.evicted_steps,
-        **_next_turn(ring, clock),
+        **_next_turn(ring, step, clock),
     }
 
 
@@ -98,31 +106,35 @@ def turn_events(
 
     Args:
         end_offset: steps written to each layer's ring after each step of the block, [L, n].
-        rings: the L temporal rings, for their names, capacity and sinks.
+        rings: the L temporal rings, for their names and what they keep.
         clock: of the run.
         first_step: step of the block's first column.
 
     Returns:
-        One event for all rings that turned at the same step.
+        One event for all rings that lost their first step, or turned, at the same step.
     """
     moved: dict[tuple[int, int], list[str]] = defaultdict(list)
-    places: dict[int, CacheSnapshot] = {}
+    losing: dict[tuple[int, int], list[str]] = defaultdict(list)
     for row, ring in enumerate(rings):
-        evicted = end_offset[row].astype(np.int64) - ring.sinks - ring.capacity
+        newest = end_offset[row].astype(np.int64) - 1
+        levels = ring.kept.levels
         # the write that starts a turn is the first one past a multiple of the capacity
-        begins = (evicted > 0) & ((evicted - 1) % ring.capacity == 0)
-        for column, count in zip(np.flatnonzero(begins), evicted[begins].tolist(), strict=True):
-            turn = (count - 1) // ring.capacity + 1
-            moved[first_step + int(column), turn].append(ring.module)
-            places[turn] = dataclasses.replace(ring, end_offset=int(end_offset[row, column]))
-    events = []
+        first, stride, size = levels[0]
+        turns, within = np.divmod(newest - first, stride * size)
+        for column in np.flatnonzero((turns > 0) & (within == 0)):
+            moved[first_step + int(column), int(turns[column])].append(ring.module)
+        first, stride, size = levels[-1]
+        for column in np.flatnonzero(newest == first + stride * size):
+            losing[first_step + int(column), first].append(ring.module)
+    events = [
+        Event("first_eviction", step, {"modules": modules, "lost_step": lost_step})
+        for (step, lost_step), modules in sorted(losing.items())
+    ]
     for (step, turn), modules in sorted(moved.items()):
-        if turn == 1:
-            lost_step = rings[0].sinks
-            events.append(
-                Event("first_eviction", step, {"modules": modules, "lost_step": lost_step})
-            )
-        place = _place(places[turn], clock)
+        ring = next(ring for ring in rings if ring.module == modules[0])
+        first, stride, size = ring.kept.levels[0]
+        ring = dataclasses.replace(ring, end_offset=first + turn * stride * size + 1)
+        place = _place(ring, step, clock)
         lost = {
             "lost_sec": clock.seconds(place["lost_steps"]),
             "lost_legacy_tokens": clock.legacy_tokens(place["lost_steps"]),
@@ -173,7 +185,7 @@ def position_event(
     detail |= {name: _middle(values[name][:, at]) for name in PER_STEP}
     detail["step_ms"] = float(values["step_ms"][at])
     end_offset = int(values["ring_end_offset"][0, 0, at])
-    detail |= _place(dataclasses.replace(ring, end_offset=end_offset), clock)
+    detail |= _place(dataclasses.replace(ring, end_offset=end_offset), step, clock)
     detail["layers"] = {name: value.tolist() for name, value in layers.items()}
     return Event(kind, step, detail)
 

@@ -42,6 +42,7 @@ class MemoryWatch:
         # norm of the fast weights, and their distance from where they began
         self._looks = torch.full((looks, 2, batch_size, count), float("nan"), device=lm.device)
         self._gate_rms = torch.full((count,), float("nan"), device=lm.device)
+        self._begun = 0
         self._pieces: list[Pieces] = []
         self._inputs: list[Sequence[Tensor]] = []
 
@@ -107,6 +108,10 @@ class MemoryWatch:
             looks = [_look(layer) for layer in self._hybrids.values()]
             self._looks[step // FAST_WEIGHT_STRIDE] = torch.stack(looks, dim=-1)
 
+    def begin_again(self, step: int) -> None:
+        """Called when the memories have begun afresh with a step."""
+        self._begun = step
+
     def check(self, generated_steps: int) -> None:
         """Called at the end of a run, while it still streams.
 
@@ -114,7 +119,7 @@ class MemoryWatch:
             RuntimeError: a memory made no inner update in a run long enough for one.
         """
         for index, layer in self._hybrids.items():
-            expected = generated_steps // layer.branch.rule.steps_per_update
+            expected = (generated_steps - self._begun) // layer.branch.rule.steps_per_update
             if expected and int(layer.branch.updates().min()) != expected:
                 raise RuntimeError(
                     f"layer {index}: {int(layer.branch.updates().min())} inner updates in "

@@ -168,6 +168,14 @@ class Recorder:
         if self._attention is not None:
             self._attention.after_step(step)
 
+    @contextmanager
+    def reading_again(self, first: int, remembers: bool) -> Iterator[None]:
+        """Leave out what comes in this scope, as `Observer` has it."""
+        if not remembers:
+            self._memories.begin_again(first)
+        with self._buffers.aside():
+            yield
+
     @property
     def recorded_steps(self) -> int:
         """Steps recorded so far (synchronises with the device)."""

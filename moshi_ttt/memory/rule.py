@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,14 +90,13 @@ class MemoryRule(nn.Module, ABC):
 
     @abstractmethod
     def _walk(
-        self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
+        self, inputs: Sequence[Tensor], state: MemoryState | None
     ) -> tuple[Tensor, MemoryState]:
         """Run T steps; for T = 1 in tensor code that never branches on data.
 
         Args:
             inputs: what `_project` returned.
             state: before the first step; None starts afresh.
-            mixed: whether the caller runs in mixed precision, so that sums in bf16 are welcome.
 
         Returns:
             The read-out [B, H, T, dh] and the state after T steps.
@@ -116,12 +116,12 @@ class MemoryRule(nn.Module, ABC):
             shared_qkv: attention's projection, if it is shared.
 
         Returns:
-            The read-out [B, T, H x dh] in the state's type, and the state after T steps.
+            The read-out [B, T, H x dh], in the state's type unless a kernel sums in bf16, and the
+            state after T steps.
         """
-        mixed = torch.is_autocast_enabled(x.device.type)
         inputs = self._inputs(x, shared_qkv)
         with torch.autocast(x.device.type, enabled=False):
-            y, state = self._walk(inputs, state, mixed)
+            y, state = self._walk(inputs, state)
         return y.transpose(1, 2).flatten(2), state
 
     @torch.no_grad()
@@ -139,16 +139,13 @@ class MemoryRule(nn.Module, ABC):
         Returns:
             The read-out [B, T, H x dh].
         """
-        mixed = torch.is_autocast_enabled(x.device.type)
         inputs = self._inputs(x, shared_qkv, self._prepared)
         with torch.autocast(x.device.type, enabled=False):
-            y = self._stream(inputs, state, rows, mixed)
+            y = self._stream(inputs, state, rows)
         return y.transpose(1, 2).flatten(2)
 
-    def _stream(
-        self, inputs: Sequence[Tensor], state: MemoryState, rows: Tensor, mixed: bool
-    ) -> Tensor:
-        y, after = self._walk(inputs, state, mixed)
+    def _stream(self, inputs: Sequence[Tensor], state: MemoryState, rows: Tensor) -> Tensor:
+        y, after = self._walk(inputs, state)
         for name, tensor in state.items():
             overwrite(tensor, rows, after[name])
         return y
@@ -167,7 +164,10 @@ class MemoryRule(nn.Module, ABC):
     def _project(
         self, x: Tensor, shared_qkv: Borrowed | None, weights: Weights | None = None
     ) -> tuple[Tensor, ...]:
-        """Unit queries and keys, values [B, H, T, dh], write gates [B, H, T, 1], and more."""
+        """Unit queries and keys, values [B, H, T, dh], write gates [B, H, T, 1], and more.
+
+        The first three are in `_read_dtype`, all else in `dtype`.
+        """
         # halves are what a model is stored in; other inputs are as the parameters are
         half = x.dtype in (torch.bfloat16, torch.float16)
         x = x if half else x.to(self.write.weight.dtype)
@@ -176,7 +176,11 @@ class MemoryRule(nn.Module, ABC):
         gates = self._gates(*parts[: len(self._gate_maps())])
         qkv = self.qkv(x.to(self.write.weight.dtype)) if up is None else F.linear(parts[-1], up)
         borrowed = None if shared_qkv is None else shared_qkv()
-        return *_heads_of(qkv, borrowed, self.heads, self.dtype), *gates
+        return *_heads_of(qkv, borrowed, self.heads, self.dtype, self._read_dtype(x)), *gates
+
+    def _read_dtype(self, x: Tensor) -> torch.dtype:
+        """Type of queries, keys and values for an input [B, T, D]."""
+        return self.dtype
 
     def prepare(self, dtype: torch.dtype | None) -> None:
         """Keep weights as a stream of inputs of this type needs them; None lets go of them.
@@ -222,14 +226,17 @@ def overwrite(buffer: Tensor, rows: Tensor, values: Tensor) -> None:
 
 @fused
 def _heads_of(
-    qkv: Tensor, borrowed: Tensor | None, heads: int, dtype: torch.dtype
+    qkv: Tensor, borrowed: Tensor | None, heads: int, dtype: torch.dtype, given: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit queries and keys, and values, [B, H, T, dh], of the sum of [B, T, 3 x H x dh]."""
+    """Unit queries and keys, and values, [B, H, T, dh], of the sum of [B, T, 3 x H x dh].
+
+    Computed in `dtype`, given in another.
+    """
     qkv = qkv.to(dtype)
     if borrowed is not None:
         qkv = qkv + borrowed.to(dtype)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return _unit(q), _unit(k), v
+    return _Unit.apply(q, given), _Unit.apply(k, given), v.to(given)
 
 
 @fused
@@ -237,6 +244,20 @@ def _sigmoid(x: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.to(dtype) + bias).sigmoid()
 
 
-def _unit(x: Tensor) -> Tensor:
-    # smooth at 0, unlike a clamped norm: a silent input gets no gradient of 1e12
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+class _Unit(torch.autograd.Function):
+    """x / |x|; keeps what it gives for its backward pass, which the memory keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, given: torch.dtype) -> Tensor:
+        # smooth at 0, unlike a clamped norm: a silent input gets no gradient of 1e12
+        scale = torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+        unit = (x * scale).to(given)
+        ctx.save_for_backward(unit, scale)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        unit, scale = ctx.saved_tensors
+        unit, gradient = unit.to(scale.dtype), gradients[0].to(scale.dtype)
+        along = (unit * gradient).sum(-1, keepdim=True)
+        return scale * (gradient - unit * along), None

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moshi_ttt.compiling import fused
+from moshi_ttt.model.blocks import Far, attend
+from moshi_ttt.model.kept import Kept
 
 
 class ParallelAttention(StreamingMultiheadAttention):
@@ -31,6 +33,10 @@ class ParallelAttention(StreamingMultiheadAttention):
 
     sinks: int = 0
     """First positions that every later one sees beside its window."""
+    thinning: int = 0
+    """How often older keys are halved within the same number of keys, as `Kept` has it."""
+    farthest_steps: int | None = None
+    """How far away a key may seem: the rotation between it and a query ends there."""
 
     @classmethod
     def adopt(cls, attention: StreamingMultiheadAttention) -> Self:
@@ -48,7 +54,8 @@ class ParallelAttention(StreamingMultiheadAttention):
         )
         adopted.in_projs = attention.in_projs
         adopted.out_projs = attention.out_projs
-        adopted.sinks = getattr(attention, "sinks", 0)
+        for name in ("sinks", "thinning", "farthest_steps"):
+            setattr(adopted, name, getattr(attention, name, getattr(cls, name)))
         return adopted.train(attention.training)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -63,23 +70,18 @@ class ParallelAttention(StreamingMultiheadAttention):
         if state is not None or self.weights_per_step or not self.causal:
             attended: Tensor = super().forward(query, key, value)
             return attended
-        projected = self.in_projs[0](query)
-        channels = self.embed_dim // self.num_heads
-        q, k, v = (
-            part.unflatten(-1, (-1, channels)).transpose(1, 2)
-            for part in projected.split(self._widths(projected.shape[-1]), dim=-1)
+        q, k, v = self._projected(query)
+        far = (
+            self._far(q, k) if self.context is not None and self._bounds(self.kept, steps) else None
         )
         if self.rope:
             start = torch.zeros(rows, device=query.device, dtype=torch.long)
             q, k = self.rope(q, k, start, time_before_heads=False)
-        k, v, _ = self._complete_kv(k, v)
-        if self.kv_repeat > 1:
-            k, v = (expand_repeated_kv(one, self.kv_repeat) for one in (k, v))
-        if self.context is not None and 2 * self.context < steps:
-            y = _in_blocks(q, k, v, self.context, self.sinks)
+        k, v = self._repeated(k, v)
+        if self.context is None or (far is None and self.kept.window >= steps):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            mask = self._window(steps, query.device)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+            y = attend(self.kept, q, k, v, far)
         return self.out_projs[0](y.transpose(1, 2).flatten(2))
 
     def _streams_alone(self, state: Any) -> bool:
@@ -94,12 +96,8 @@ class ParallelAttention(StreamingMultiheadAttention):
 
     def _next_step(self, query: Tensor, state: Any) -> Tensor:
         """Attention of one step to what the ring holds, [B, 1, D]."""
-        projected = self.in_projs[0](query)
-        channels, ring = self.embed_dim // self.num_heads, state.kv_cache
-        q, k, v = (
-            part.unflatten(-1, (-1, channels)).transpose(1, 2)
-            for part in projected.split(self._widths(projected.shape[-1]), dim=-1)
-        )
+        q, k, v = self._projected(query)
+        ring = state.kv_cache
         if self.rope:
             q, k = self.rope(q, k, state.offset, time_before_heads=False)
         slots, mask = _turn(
@@ -109,10 +107,7 @@ class ParallelAttention(StreamingMultiheadAttention):
         ring.cache[0].scatter_(2, slots, k)
         ring.cache[1].scatter_(2, slots, v)
         state.offset_cpu += 1
-        k, v = ring.cache
-        if self.kv_repeat > 1:
-            k, v = (expand_repeated_kv(one, self.kv_repeat) for one in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask)
+        y = F.scaled_dot_product_attention(q, *self._repeated(*ring.cache), mask)
         return self.out_projs[0](y.transpose(1, 2).flatten(2))
 
     def _next_codebook(self, query: Tensor, state: Any) -> Tensor:
@@ -131,18 +126,51 @@ class ParallelAttention(StreamingMultiheadAttention):
         state.offset_cpu += 1
         return self.out_projs[weights](y.transpose(1, 2).flatten(2))
 
-    def _widths(self, projected: int) -> list[int]:
-        """Channels of queries, keys and values."""
-        shared = (projected - self.embed_dim) // 2
-        return [self.embed_dim, shared, shared]
+    def _projected(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of T steps, [B, H, T, channels] each."""
+        projected = self.in_projs[0](query)
+        shared = (projected.shape[-1] - self.embed_dim) // 2
+        parts = projected.split([self.embed_dim, shared, shared], dim=-1)
+        channels = self.embed_dim // self.num_heads
+        q, k, v = (part.unflatten(-1, (-1, channels)).transpose(1, 2) for part in parts)
+        return q, k, v
 
-    def _window(self, steps: int, device: torch.device) -> Tensor | None:
-        """What each step sees, [T, T]; None for all that is not ahead of it."""
-        if self.context is None or self.context >= steps:
-            return None
-        position = torch.arange(steps, device=device)
-        distance = position[:, None] - position
-        return (distance >= 0) & ((distance < self.context) | (position < self.sinks))
+    def _repeated(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """One key and value for each query head."""
+        if self.kv_repeat == 1:
+            return k, v
+        return expand_repeated_kv(k, self.kv_repeat), expand_repeated_kv(v, self.kv_repeat)
+
+    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` [B, H, T, channels], each step as at a position of its own, [B or 1, T]."""
+        rows, heads, steps, channels = x.shape
+        # moshi rotates consecutive positions: each step is a row here
+        x = x.transpose(1, 2).reshape(-1, heads, 1, channels)
+        assert self.rope is not None
+        x, _ = self.rope(x, x, positions.expand(rows, -1).flatten(), time_before_heads=False)
+        return x.view(rows, steps, heads, channels).transpose(1, 2)
+
+    @property
+    def kept(self) -> Kept:
+        """Which keys a query sees; there is a context."""
+        assert self.context is not None
+        return Kept(self.context, self.sinks, self.thinning)
+
+    def _bounds(self, kept: Kept, steps: int) -> bool:
+        """Whether one of T steps sees a key from further away than keys may seem."""
+        most = self.farthest_steps
+        return most is not None and most + 1 < steps and bool(kept.sinks or kept.further(most))
+
+    def _far(self, q: Tensor, k: Tensor) -> Far:
+        """Queries and keys, both before their rotation, as if they were as far apart as may be."""
+        assert self.farthest_steps is not None
+        steps = q.shape[2]
+        position = torch.zeros(1, steps, device=q.device, dtype=torch.long)
+        far_k = self._rotated(k, position)
+        if self.kv_repeat > 1:
+            far_k = expand_repeated_kv(far_k, self.kv_repeat)
+        most = self.farthest_steps
+        return Far(most, self._rotated(q, position + most), far_k)
 
 
 @fused
@@ -182,34 +210,6 @@ def _turn(
     end_offset.copy_(torch.where(exec_mask, end_offset + 1, end_offset))
     offset.copy_(torch.where(exec_mask, offset + 1, offset))
     return written[:, 0], added[:, None, None]
-
-
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor, context: int, sinks: int) -> Tensor:
-    """Attention to the last `context` steps and to sinks, [B, H, T, channels], in time linear in T.
-
-    A block of `context` queries sees its own keys, those of the block before it, and the sinks.
-    """
-    rows, _, steps, _ = q.shape
-    first = [one[:, :, None, :sinks] for one in (k, v)]
-    padding = (0, 0, 0, -steps % context)
-    q, k, v = (F.pad(one, padding).unflatten(2, (-1, context)) for one in (q, k, v))
-    k, v = (torch.cat([F.pad(one, (0, 0, 0, 0, 1, -1)), one], dim=3) for one in (k, v))
-    blocks = q.shape[2]
-    k, v = (
-        torch.cat([one, sink.expand(-1, -1, blocks, -1, -1)], dim=3)
-        for one, sink in zip((k, v), first, strict=True)
-    )
-    query = torch.arange(context, device=q.device)[:, None]
-    key = torch.arange(2 * context, device=q.device)
-    mask = ((key > query) & (key <= query + context)).repeat(blocks, 1, 1)
-    mask[0, :, :context] = False  # before the first block is nothing
-    position = torch.arange(blocks * context, device=q.device).view(blocks, context, 1)
-    # a sink that is within the window is among its keys
-    left = position - torch.arange(sinks, device=q.device) >= context
-    mask = torch.cat([mask, left], dim=-1)
-    q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, mask.repeat(rows, 1, 1)[:, None])
-    return y.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :steps]
 
 
 def parallel_attention(model: nn.Module) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 
 from moshi_ttt.errors import check_bounds, check_fields, check_setting, settings_at
 from moshi_ttt.memory import MemoryConfig, resolve_layers
-from moshi_ttt.model.hybrid import add_memory
+from moshi_ttt.model.hybrid import add_memory, hybrid_layers
 from moshi_ttt.model.inspection import LONGEST_CONTEXT_STEPS
 from moshi_ttt.model.lora import LoraConfig, add_lora
-from moshi_ttt.model.sinks import keep_sinks
+from moshi_ttt.model.sinks import check_thinning, keep
 from moshi_ttt.model.source import ModelSource
 
 Trained = Literal["memory", "lora", "memory+lora", "base", "full"]
@@ -32,6 +32,8 @@ class ModelConfig:
     context_steps: int | None
     train: Trained
     sinks: int = 0
+    thinning: int = 0
+    farthest_steps: int | None = None
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -47,6 +49,8 @@ class ModelConfig:
         check_fields(self, "context_steps", least=2, most=LONGEST_CONTEXT_STEPS, remedy=own)
         most = (self.context_steps or LONGEST_CONTEXT_STEPS) - 1
         check_fields(self, "sinks", least=0, most=most, remedy="they stand beside the window")
+        check_thinning("thinning", self.thinning, self.context_steps)
+        check_fields(self, "farthest_steps", least=1, remedy="null bounds no distance")
 
 
 def check_fits(config: ModelConfig, source: ModelSource) -> None:
@@ -98,9 +102,21 @@ def build_lm(
     if config.train in WITH_MEMORY:
         with settings_at("memory"):
             add_memory(lm, config.memory)
-    if config.sinks:
-        keep_sinks(lm, config.sinks)
+    if config.sinks or config.thinning or config.farthest_steps is not None:
+        keep(
+            lm,
+            sinks=config.sinks,
+            thinning=config.thinning,
+            farthest_steps=config.farthest_steps,
+        )
     return lm
+
+
+def recompute_layers(lm: LMModel, recompute: bool) -> None:
+    """Set activation checkpointing of a built model: each layer's forward again in backward."""
+    lm.transformer.checkpointing = lm.depformer.checkpointing = recompute
+    for layer in hybrid_layers(lm).values():
+        layer.branch.recomputed = recompute
 
 
 def trainable_groups(lm: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

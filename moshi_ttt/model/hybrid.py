@@ -155,7 +155,9 @@ def add_memory(lm: LMModel, config: MemoryConfig) -> list[int]:
             )
     fitted = config.fitted(lm.dim, chosen[indices[0]].self_attn.num_heads)
     for index, layer in chosen.items():
-        branch = MemoryBranch(lm.dim, fitted)
+        # drawn on the CPU, equally for every device
+        with torch.device("meta" if lm.device.type == "meta" else "cpu"):
+            branch = MemoryBranch(lm.dim, fitted)
         branch.recomputed = lm.transformer.checkpointing
         if config.projections == "attention":
             branch.copy_attention(layer.self_attn)

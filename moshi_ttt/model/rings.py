@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from moshi.modules.streaming import StreamingModule
 from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import Tensor, nn
+
+from moshi_ttt.model.kept import Kept
 
 
 def attention_of(layer: nn.Module) -> StreamingMultiheadAttention:
@@ -27,8 +28,8 @@ def snapshot(name: str, ring: Any, end_offset: int, positions_per_step: int = 1)
     Args:
         name: path of the attention that owns it.
         ring: a `RingKVCache`, or one with the same `cache` [2, B, H, slots, Dh], `capacity` and
-            `respect_exec_mask`; it never evicts the first `sinks` positions if it has such an
-            attribute.
+            `respect_exec_mask`; what it keeps besides, `sinks` and `thinning`, it has as
+            attributes.
         end_offset: positions written since reset.
         positions_per_step: 2 for Mimi's transformers, which run at 25 Hz; 4 for the tiny codec's.
     """
@@ -43,6 +44,7 @@ def snapshot(name: str, ring: Any, end_offset: int, positions_per_step: int = 1)
         batch=0 if cache is None else cache.shape[1],
         exec_mask=getattr(ring, "respect_exec_mask", None),
         sinks=int(getattr(ring, "sinks", 0)),
+        thinning=int(getattr(ring, "thinning", 0)),
         positions_per_step=positions_per_step,
     )
 
@@ -70,15 +72,10 @@ def ring_snapshots(
 def held_positions(ring: Any) -> Tensor:
     """Position that each slot holds after the last write, [B, slots]; -1 where it is empty.
 
-    Slots are laid out as `CacheSnapshot` says.
+    Slots are laid out as `Kept` says.
     """
-    sinks = int(getattr(ring, "sinks", 0))
-    end = ring.end_offset.view(-1, 1)
-    newest = end - sinks - 1  # counted from the first position that is no sink
-    ages = (newest - torch.arange(ring.capacity, device=end.device)) % ring.capacity
-    turning = torch.where(ages <= newest, end - 1 - ages, -1)
-    kept = torch.arange(sinks, device=end.device)
-    return torch.cat([torch.where(kept < end, kept, -1), turning], dim=1)
+    kept = Kept(ring.capacity, *(getattr(ring, name, 0) for name in ("sinks", "thinning")))
+    return kept.slots(ring.end_offset.device).held(ring.end_offset - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +83,8 @@ class CacheSnapshot:
     """One KV ring as it stands after a number of steps.
 
     Position p is written to slot p modulo capacity; sinks, if there are any, have slots of their
-    own before these. Ranges are [first, last], both included.
+    own before these. With `thinning`, slots are laid out as `Kept` says. Ranges are [first, last],
+    both included.
     """
 
     module: str
@@ -104,6 +102,13 @@ class CacheSnapshot:
     """Rows; 0 if unknown."""
     exec_mask: bool | None = None
     """Whether each row stands still while it is masked; None if unknown."""
+    thinning: int = 0
+    """How often older keys are halved; 0 in moshi's own rings."""
+
+    @property
+    def kept(self) -> Kept:
+        """Which keys it has."""
+        return Kept(self.capacity, self.sinks, self.thinning)
 
     @property
     def role(self) -> str:
@@ -114,49 +119,59 @@ class CacheSnapshot:
     @property
     def evicted_steps(self) -> int:
         """Steps that have been overwritten and can no longer be attended to."""
-        return max(0, self.end_offset - self.sinks - self.capacity)
+        newest, levels = self.end_offset - 1, self.kept.levels
+        return sum(max(0, (newest - first) // by + 1 - size) for first, by, size in levels)
 
     @property
     def wraps(self) -> int:
         """Completed turns of the ring: times a write went back to its first slot."""
-        return max(0, self.end_offset - self.sinks - 1) // self.capacity
+        first, stride, size = self.kept.levels[0]
+        return max(0, self.end_offset - 1 - first) // (stride * size)
 
     @property
     def slot(self) -> int | None:
         """Where the newest position was written; None while the ring is empty."""
-        newest = self.end_offset - 1
+        newest, before = self.end_offset - 1, self.sinks
         if newest < self.sinks:
             return newest if newest >= 0 else None
-        return self.sinks + (newest - self.sinks) % self.capacity
+        for first, stride, size in self.kept.levels:
+            count, rest = divmod(newest - first, stride)
+            if count >= 0 and rest == 0:
+                return before + count % size
+            before += size
+        raise AssertionError("every position has a level")
 
     @property
     def next_turn(self) -> int:
         """The position that will be the next to go back to the first slot that is no sink's."""
-        return self.sinks + (self.wraps + 1) * self.capacity
+        first, stride, size = self.kept.levels[0]
+        return first + (self.wraps + 1) * stride * size
 
     @property
     def valid_positions(self) -> tuple[int, int] | None:
         """The newest positions, all of them held; None while the ring is empty.
 
-        Sinks are held besides.
+        Sinks are held besides, and some of those that are thinned out.
         """
         if self.end_offset == 0:
             return None
-        return (0 if self.evicted_steps == 0 else self.end_offset - self.capacity), (
-            self.end_offset - 1
-        )
+        first = 0 if self.evicted_steps == 0 else self.end_offset - self.kept.window
+        return first, self.end_offset - 1
 
     @property
     def lost_positions(self) -> tuple[int, int] | None:
-        """Positions that were held once and are no longer; None if there are none."""
-        if self.evicted_steps == 0:
-            return None
-        return self.sinks, self.sinks + self.evicted_steps - 1
+        """Positions that were held once, none of which still is; None if there are none."""
+        first, stride, size = self.kept.levels[0]
+        last = self.end_offset - 1 - stride * size
+        return None if last < first else (first, last)
 
     @property
     def overwritten_slots(self) -> tuple[int, int] | None:
-        """Slots that the present turn of the ring has written over; None in the first turn."""
-        if self.evicted_steps == 0:
+        """Slots that the present turn of the ring has written over; None in the first turn.
+
+        None as well where parts of the ring turn by themselves.
+        """
+        if self.evicted_steps == 0 or self.thinning:
             return None
         return self.sinks, self.sinks + (self.evicted_steps - 1) % self.capacity
 
@@ -173,6 +188,7 @@ class CacheSnapshot:
             "lost_positions": self.lost_positions,
             "overwritten_slots": self.overwritten_slots,
             "sinks": self.sinks,
+            "thinning": self.thinning,
             "heads": self.heads,
             "head_dim": self.head_dim,
             "size_bytes": self.size_bytes,

@@ -1,99 +1,27 @@
-"""Attention under experimental control: capacity, sinks and start position of a generation.
+"""Attention under control: capacity, what is kept beyond it, and start position of a generation.
 
-The three are set between generations, not while one runs. With the defaults the model computes
-what Moshi computes, bit for bit: no sinks is upstream's own ring, and no shift its own rotation.
+All are set between generations, not while one runs. With the defaults the model computes what
+Moshi computes, bit for bit: keeping nothing is upstream's own ring, and no shift its own rotation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
 from moshi.modules.rope import RotaryEmbedding
-from moshi.modules.transformer import KVCacheResult, StreamingMultiheadAttention
+from moshi.modules.transformer import StreamingMultiheadAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moshi_ttt.errors import UserError, check_bounds
+from moshi_ttt.model.kept import MOST_THINNING, KeptRing
 from moshi_ttt.model.lora import AdapterAttention
+from moshi_ttt.model.rings import attention_of
 from moshi_ttt.model.window import set_window
-
-
-class SinkRing:
-    """A ring of `capacity` steps beside `sinks` slots that are never overwritten.
-
-    A query at position q reads the positions in (q - capacity, q] and those below `sinks`.
-    Position p lives in slot p if p < sinks, else in slot sinks + (p - sinks) % capacity. Keys are
-    stored rotated by their true position, as upstream stores them, so the rotation between a
-    query and a sink goes on growing. Tensor operations only: it lives inside a CUDA graph.
-
-    Args:
-        batch_size: rows B.
-        num_heads: key heads H.
-        dim_per_head: channels of a head D.
-        capacity: steps of the window, the attention's context.
-        sinks: first positions that are kept.
-        device: of the cache.
-        dtype: of the cache.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        num_heads: int,
-        dim_per_head: int,
-        capacity: int,
-        sinks: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.capacity = capacity
-        self.sinks = sinks
-        self.respect_exec_mask = True
-        shape = (2, batch_size, num_heads, sinks + capacity, dim_per_head)
-        self.cache = torch.zeros(shape, device=device, dtype=dtype)
-        self.end_offset = torch.zeros(batch_size, device=device, dtype=torch.long)
-
-    def reset(self, reset_mask: Tensor) -> None:
-        """Forget the rows of `reset_mask` [B]: nothing that they wrote is read again."""
-        self.end_offset.masked_fill_(reset_mask, 0)
-
-    def complete(self, k: Tensor, v: Tensor, exec_mask: Tensor) -> KVCacheResult:
-        """Write T steps and return everything that may be read.
-
-        Args:
-            k: rotated keys, [B, H, T, D], T at most `capacity`.
-            v: values, [B, H, T, D].
-            exec_mask: [B]; a row that is False writes where its next step will write again.
-
-        Returns:
-            Keys and values [B, H, sinks + capacity, D]; positions [B, sinks + capacity], -1 in
-            slots that hold nothing. The positions serve moshi's mask, which drops what is
-            `capacity` or more steps old: a sink that old gives the oldest position that is not.
-        """
-        rows, heads, steps, channels = k.shape
-        written = torch.arange(steps, device=k.device) + self.end_offset.view(-1, 1)
-        slots = torch.where(
-            written < self.sinks, written, self.sinks + (written - self.sinks) % self.capacity
-        )
-        slots = slots.view(rows, 1, steps, 1).expand(-1, heads, -1, channels)
-        self.cache[0].scatter_(2, slots, k)
-        self.cache[1].scatter_(2, slots, v)
-
-        last = self.end_offset.view(-1, 1) + steps - 1
-        self.end_offset.copy_(torch.where(exec_mask, self.end_offset + steps, self.end_offset))
-        # counted from the first position that is no sink, the newest step in the ring is `newest`
-        newest = last - self.sinks
-        ages = (newest - torch.arange(self.capacity, device=k.device)) % self.capacity
-        ring = (last - ages).masked_fill(ages > newest, -1)
-        sinks = torch.arange(self.sinks, device=k.device).expand(rows, -1)
-        positions = torch.cat([sinks, ring], dim=1)
-        held = (positions >= 0) & (positions < self.end_offset.view(-1, 1))
-        recent = torch.maximum(positions, last - self.capacity + 1)
-        readable = torch.cat([recent[:, : self.sinks], ring], dim=1)
-        return KVCacheResult(self.cache[0], self.cache[1], readable.masked_fill(~held, -1))
 
 
 class _ShiftedRotary(nn.Module):
@@ -110,23 +38,43 @@ class _ShiftedRotary(nn.Module):
 
 
 class ControlledAttention(AdapterAttention):
-    """moshi's attention with a ring that may keep sinks, and a rotation that may be shifted."""
+    """moshi's attention with a ring that may keep more, and a rotation that may be shifted."""
 
     def _init_streaming_state(self, batch_size: int):  # type: ignore[no-untyped-def]
         state = super()._init_streaming_state(batch_size)
-        if self.sinks:
-            _, _, heads, capacity, channels = state.kv_cache.cache.shape
+        # a bound that a window alone already keeps asks for nothing
+        if self.sinks or self.thinning or self._bounds(self.kept, self.kept.capacity):
+            _, _, heads, _, channels = state.kv_cache.cache.shape
             like = state.kv_cache.cache
-            state.kv_cache = SinkRing(
+            state.kv_cache = KeptRing(
                 batch_size,
                 heads,
                 channels,
-                capacity,
-                self.sinks,
+                self.kept,
+                self.farthest_steps,
                 device=like.device,
                 dtype=like.dtype,
             )
         return state
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of T steps to themselves, or of one step to what a ring holds, [B, T, D]."""
+        state = self._streaming_state
+        if state is None or not isinstance(state.kv_cache, KeptRing):
+            return super().forward(query, key, value)
+        assert query.shape[1] == 1, "several steps at once would overwrite keys that they read"
+        q, unrotated, v = self._projected(query)
+        k, ring = unrotated, state.kv_cache
+        if self.rope:
+            q, k = self.rope(q, k, state.offset, time_before_heads=False)
+        added, positions = ring.write(k, unrotated, v, state.exec_mask)
+        if positions.shape[1]:
+            kept, seen = ring.far_keys
+            seen.copy_(self._rotated(kept, positions))
+        state.offset.copy_(torch.where(state.exec_mask, state.offset + 1, state.offset))
+        state.offset_cpu += 1
+        y = F.scaled_dot_product_attention(q, *self._repeated(*ring.cache), added)
+        return self.out_projs[0](y.transpose(1, 2).flatten(2))
 
 
 class AttentionControls:
@@ -159,32 +107,47 @@ class AttentionControls:
                         self._attentions.append(_controlled(child))
                         setattr(parent, name, self._attentions[-1])
 
-    def set(self, *, context_steps: int, sinks: int = 0, start_position: int = 0) -> None:
+    def set(
+        self,
+        *,
+        context_steps: int,
+        sinks: int = 0,
+        thinning: int = 0,
+        farthest_steps: int | None = None,
+        start_position: int = 0,
+    ) -> None:
         """Choose what the next generation runs with.
 
         Args:
             context_steps: attention window and ring capacity C.
             sinks: first positions that stay readable beside the window; 0 is upstream's ring.
+            thinning: how often older keys are halved within the C, as `Kept` has it.
+            farthest_steps: how far away a key may seem; None: as far as it is.
             start_position: position of the first step, for the rotation.
 
         Raises:
-            UserError: a value below its least, or the model is streaming.
+            UserError: a value out of its bounds, the model is streaming, or has no positions.
         """
-        for name, value, least in (
-            ("context_steps", context_steps, 2),
-            ("sinks", sinks, 0),
-            ("start_position", start_position, 0),
-        ):
-            check_bounds(name, value, least=least)
+        check_bounds("context_steps", context_steps, least=2)
+        check_bounds("sinks", sinks, least=0)
+        check_thinning("thinning", thinning, context_steps)
+        check_bounds("farthest_steps", farthest_steps, least=1)
+        check_bounds("start_position", start_position, least=0)
         if any(attention.is_streaming for attention in self._attentions):
             raise UserError("the model is streaming; its ring cannot change before that ends")
         set_window(self._lm, context_steps)
         for attention in self._attentions:
-            attention.sinks = sinks
+            attention.sinks, attention.thinning = sinks, thinning
+            attention.farthest_steps = farthest_steps
             if isinstance(attention.rope, _ShiftedRotary):
                 attention.rope.start_position = start_position
-            elif start_position:
-                raise UserError(f"start_position={start_position}: the model has no positions")
+                continue
+            for name, value in (
+                ("start_position", start_position),
+                ("farthest_steps", farthest_steps),
+            ):
+                if value:
+                    raise UserError(f"{name}={value}: the model has no positions")
 
     @property
     def attentions(self) -> Sequence[ControlledAttention]:
@@ -192,15 +155,52 @@ class AttentionControls:
         return self._attentions
 
 
-def keep_sinks(lm: LMModel, sinks: int) -> None:
-    """Let every step see the first positions beside its window, in training and in generation.
+def check_thinning(key: str, thinning: int | None, context_steps: int | None) -> None:
+    """Refuse what leaves one of the parts of a ring of `context_steps` without a slot."""
+    most = min(MOST_THINNING, (context_steps or MOST_THINNING + 2) - 2)
+    remedy = "each halving takes its part of the window's keys"
+    check_bounds(key, thinning, least=0, most=most, remedy=remedy)
+
+
+def keep(
+    lm: LMModel,
+    *,
+    sinks: int | None = None,
+    thinning: int | None = None,
+    farthest_steps: int | None = None,
+) -> None:
+    """Let every step see more than its window, in training and in generation.
 
     Args:
         lm: as `AttentionControls` wants it.
-        sinks: how many.
+        sinks: first positions that are seen beside the window; None: as the model has it.
+        thinning: how often older keys are halved; likewise.
+        farthest_steps: how far away a key may seem; likewise.
     """
     assert lm.context is not None, "without a window nothing is evicted"
-    AttentionControls(lm).set(context_steps=lm.context, sinks=sinks)
+    controls = AttentionControls(lm)
+    one = controls.attentions[0]
+    controls.set(
+        context_steps=lm.context,
+        sinks=one.sinks if sinks is None else sinks,
+        thinning=one.thinning if thinning is None else thinning,
+        farthest_steps=one.farthest_steps if farthest_steps is None else farthest_steps,
+    )
+
+
+@contextmanager
+def windows_alone(lm: LMModel) -> Iterator[None]:
+    """Let no step see more than its window inside the scope; not while streaming."""
+    found = [attention_of(layer) for layer in lm.transformer.layers]
+    kept = [one for one in found if isinstance(one, ControlledAttention)]
+    before = [(one.sinks, one.thinning, one.farthest_steps) for one in kept]
+    try:
+        for one in kept:
+            one.sinks, one.thinning, one.farthest_steps = 0, 0, None
+        yield
+    finally:
+        for one, values in zip(kept, before, strict=True):
+            one.sinks, one.thinning, one.farthest_steps = values
 
 
 def _controlled(attention: StreamingMultiheadAttention) -> ControlledAttention:

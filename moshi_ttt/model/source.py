@@ -125,7 +125,7 @@ class ModelSource:
         """The language model, in eval mode.
 
         Args:
-            device: where to put it.
+            device: where to put it; `meta` gives its shapes alone, and reads nothing.
             dtype: of all its weights.
             context_steps: attention window and ring capacity of the temporal transformer;
                 None keeps the checkpoint's. The depformer is not touched.
@@ -136,7 +136,7 @@ class ModelSource:
         if context_steps is not None:
             overrides["context"] = context_steps
         with torch.random.fork_rng():
-            if self.random_lm:
+            if self.random_lm or torch.device(device).type == "meta":
                 torch.manual_seed(0)
                 lm = loaders.get_moshi_lm(
                     None, self._lm_config, device, dtype, lm_kwargs_overrides=overrides

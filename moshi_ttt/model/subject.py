@@ -11,7 +11,7 @@ from moshi.models.lm import LMModel
 from moshi_ttt.errors import UserError, check_bounds, settings_at
 from moshi_ttt.model.build import Dtype
 from moshi_ttt.model.hybrid import set_inner_rate
-from moshi_ttt.model.sinks import keep_sinks
+from moshi_ttt.model.sinks import check_thinning, keep
 from moshi_ttt.model.source import ModelSource, open_source
 from moshi_ttt.model.weights import load_trained
 
@@ -38,6 +38,8 @@ def open_subject(
     context_steps: int | None = None,
     base: str | None = None,
     sinks: int | None = None,
+    thinning: int | None = None,
+    farthest_steps: int | None = None,
     inner_rate: float | None = None,
 ) -> Subject:
     """Open a source, or a trained checkpoint.
@@ -50,6 +52,8 @@ def open_subject(
         context_steps: ring capacity C; None: its own, or what a checkpoint was trained with.
         base: where the base of a checkpoint lies, as `load_trained` has it.
         sinks: first steps that are never evicted; None: as a checkpoint was trained, or none.
+        thinning: how often older keys are halved within C; None: likewise.
+        farthest_steps: how far away a key may seem; None: likewise.
         inner_rate: multiplies the write gates of a memory; None: as it was trained.
 
     Raises:
@@ -59,17 +63,34 @@ def open_subject(
     check_bounds("--inner_rate", inner_rate, least=0)
     subject = _opened(name, device, dtype, context_steps, base)
     changes = [] if context_steps is None else [f"C = {context_steps} steps"]
-    if sinks is not None:
-        most = subject.lm.context - 1 if subject.lm.context else None
-        check_bounds("--sinks", sinks, least=0, most=most, remedy="they stand beside the window")
-        keep_sinks(subject.lm, sinks)
-        changes.append(f"{sinks} sinks")
+    changes += _keep(subject.lm, sinks, thinning, farthest_steps)
     if inner_rate is not None:
         set_inner_rate(subject.lm, inner_rate)
         changes.append(f"inner rate x {inner_rate:g}")
     if not is_checkpoint(name):
         return replace(subject, label=f"{subject.label} ({', '.join(['vanilla', *changes])})")
     return replace(subject, label=", ".join([subject.label, *changes]))
+
+
+def _keep(
+    lm: LMModel, sinks: int | None, thinning: int | None, farthest_steps: int | None
+) -> list[str]:
+    """Change what attention keeps; what was changed, in words."""
+    most = lm.context - 1 if lm.context else None
+    check_bounds("--sinks", sinks, least=0, most=most, remedy="they stand beside the window")
+    check_thinning("--thinning", thinning, lm.context)
+    check_bounds("--farthest_steps", farthest_steps, least=1)
+    if (sinks, thinning, farthest_steps) == (None, None, None):
+        return []
+    keep(lm, sinks=sinks, thinning=thinning, farthest_steps=farthest_steps)
+    said = []
+    if sinks is not None:
+        said.append(f"{sinks} sinks")
+    if thinning is not None:
+        said.append(f"older keys halved x {thinning}")
+    if farthest_steps is not None:
+        said.append(f"keys seem at most {farthest_steps} steps away")
+    return said
 
 
 def _opened(

@@ -87,12 +87,13 @@ def load_trained(
         with settings_at("", context_steps="--context_steps"):
             config = dataclasses.replace(config, context_steps=context_steps)
     with settings_at(f"{file.path}: model"):
+        shapes = trainable_weights(build_lm(config, source, "meta"))
+        if problem := difference(file.header, shapes):
+            raise UserError(
+                f"{file.path} does not fit its own config: {problem}; it was altered, or written "
+                "by another version"
+            )
         lm = build_lm(config, source, device)
-    if problem := difference(file.header, trainable_weights(lm)):
-        raise UserError(
-            f"{file.path} does not fit its own config: {problem}; it was altered, or written by "
-            "another version"
-        )
     lm.load_state_dict(file.weights(device), strict=False)
     return lm.eval(), source, file.config, file.trained_steps
 
@@ -112,16 +113,19 @@ def _base_of(file: TrainedFile, base: str | None) -> ModelSource:
         ) from error
 
 
-def check_start(name: str, source: ModelSource) -> None:
-    """Hold the weights that a run is to start from against its base, before anything is loaded.
+def check_start(name: str, config: ModelConfig, source: ModelSource) -> None:
+    """Hold the weights that a run is to start from against its model, before that is loaded.
+
+    The file may hold a part of what trains now, such as the memory of a run that adds LoRA to it.
 
     Args:
         name: `tiny` for the memory that is bundled with that model, or a file that `save_trained`
             wrote, or the Lightning checkpoint beside it.
+        config: of the run.
         source: where the base of the run comes from.
 
     Raises:
-        UserError: not such a file, or one of another base.
+        UserError: not such a file, one of another base, or of other shapes.
     """
     try:
         file = read_trained(_start_file(name))
@@ -131,28 +135,23 @@ def check_start(name: str, source: ModelSource) -> None:
         raise SettingError(
             "init_from", f"={name}: {error}; `tiny` is the bundled memory, null starts without any"
         ) from error
-
-
-def start_from(lm: LMModel, name: str) -> None:
-    """Put the trained weights of another run in place of those that a new one starts with.
-
-    The file may hold a part of what trains now, such as the memory of a run that adds LoRA to it.
-
-    Args:
-        lm: built for the new run.
-        name: what `check_start` found to be of its base.
-
-    Raises:
-        UserError: weights that do not fit.
-    """
-    file = read_trained(_start_file(name))
-    if problem := difference(file.header, trainable_weights(lm), whole=False):
+    shapes = trainable_weights(build_lm(config, source, "meta"))
+    if problem := difference(file.header, shapes, whole=False):
         raise SettingError(
             "init_from",
             f"={name}: {problem}; set model.train and model.memory as they were in that run, or "
             "init_from=null to start without it",
         )
-    lm.load_state_dict(file.weights(lm.device), strict=False)
+
+
+def start_from(lm: LMModel, name: str) -> None:
+    """Put the trained weights of another run in place of those that a new one starts with.
+
+    Args:
+        lm: built for the new run.
+        name: what `check_start` found to fit it.
+    """
+    lm.load_state_dict(read_trained(_start_file(name)).weights(lm.device), strict=False)
 
 
 def _start_file(name: str) -> Path:

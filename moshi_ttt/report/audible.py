@@ -30,6 +30,16 @@ MEASURES = {
     "nll_other_codebooks": "loss, other codebooks (nats)",
 }
 
+SEAM_MEASURES = {
+    "level_step_db": "step of the level (dB)",
+    "spectral_flux_db": "spectral flux (dB)",
+    "norm_step": "step of the layers' input norm (|ln|)",
+    "repeated_tokens": "longest passage said again (tokens)",
+    "words_per_minute": "words a minute after it",
+    "broken_words": "ends of words without their beginning",
+}
+SEAM_COLUMNS = ("elsewhere", "at_seams", "change", "low", "high")
+
 
 def audible_section(quality: Mapping[str, Any], cuts: Sequence[Path]) -> list[str]:
     """Table of the measures around each position, and the sound there, as HTML.
@@ -60,6 +70,28 @@ def audible_section(quality: Mapping[str, Any], cuts: Sequence[Path]) -> list[st
         html.points(map(audible_finding, positions)),
         html.folded("Measures and sound around each position", "".join(details)),
     ]
+
+
+def seam_section(quality: Mapping[str, Any]) -> list[str]:
+    """Table of what is measured at the seams of a chunked generation, as HTML; or nothing."""
+    seams = quality.get("seams")
+    if seams is None:
+        return []
+    parts = ["<h2>Do the seams show?</h2>"]
+    if not seams["steps"]:
+        return [*parts, html.paragraph("No seam lies after the prompt with room on either side.")]
+    rows = []
+    for name, label in SEAM_MEASURES.items():
+        if (one := seams["measures"].get(name)) is not None:
+            star = " *" if _changes(one) else ""
+            cells = (f"{one[key]:.3g}" if _known(one[key]) else None for key in SEAM_COLUMNS)
+            rows.append([label + star, *cells])
+    note = (
+        f"{len(seams['steps'])} seams in each stream, against other places of the same stream; "
+        f"words in {seams['window_steps']} steps. *: the 95 % interval of the change leaves out 0."
+    )
+    header = ["measure", "elsewhere", "at seams", "change", "from", "to"]
+    return [*parts, html.table(header, rows), html.paragraph(note, kind="note")]
 
 
 def audible_finding(position: Mapping[str, Any]) -> str:

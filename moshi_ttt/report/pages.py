@@ -16,7 +16,7 @@ from moshi_ttt.evaluation.folder import CONFIG, Evaluation, find_evaluations, un
 from moshi_ttt.files import write_bytes
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
-from moshi_ttt.report.audible import audible_section
+from moshi_ttt.report.audible import audible_section, seam_section
 from moshi_ttt.report.comparison import comparison_lines, comparison_section
 from moshi_ttt.report.context import context_table
 from moshi_ttt.report.figures import evaluation_pictures, png, png_of
@@ -188,6 +188,7 @@ def _heard(evaluation: Evaluation, trace: Trace, figures: Figures) -> Iterator[s
         yield figures.pop("audio")
         yield from _players(trace.label, evaluation, range(1, len(evaluation.audio)))
     yield from audible_section(evaluation.quality, evaluation.cuts)
+    yield from seam_section(evaluation.quality)
 
 
 def _players(label: str, evaluation: Evaluation, streams: Iterable[int]) -> Iterator[str]:

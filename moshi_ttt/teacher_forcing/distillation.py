@@ -17,6 +17,7 @@ from moshi_ttt.model.build import TRAIN_BASE, Trained
 from moshi_ttt.model.forward import forward
 from moshi_ttt.model.hybrid import gates_forced_to_zero
 from moshi_ttt.model.lora import adapters_off
+from moshi_ttt.model.sinks import windows_alone
 from moshi_ttt.model.window import window
 
 Stream = Literal["text", "audio"]
@@ -89,6 +90,7 @@ def base_output(
         predicted = [False] * len(codes)
     with ExitStack() as scope:
         scope.enter_context(window(lm, config.window_steps))
+        scope.enter_context(windows_alone(lm))
         scope.enter_context(gates_forced_to_zero(lm))
         scope.enter_context(adapters_off(lm))
         return forward(lm, codes, heard, predicted=predicted)

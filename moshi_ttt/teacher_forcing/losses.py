@@ -12,7 +12,8 @@ from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 from torch.nn import functional as F
 
-from moshi_ttt.errors import check_fields
+from moshi_ttt.compiling import fused
+from moshi_ttt.errors import check_fields, check_setting
 from moshi_ttt.model.branch import BranchStats
 from moshi_ttt.model.forward import forward, indices
 from moshi_ttt.rows import Rows
@@ -36,6 +37,10 @@ class LossConfig:
     audio_every: int = 1
     """Training predicts the audio of one in so many spoken clips, in turn: the depformer is most of
     a step's time. All are read. Where a batch has fewer of them, some steps have no audio loss."""
+    beyond_window: bool = False
+    """Count the cross-entropies only from the step on that no longer sees the first one, i.e. at
+    positions of a clip from the attention window of the batch on, in training and in validation:
+    what is said before is as well learned without a memory."""
     magnitude_reg: float = 1.0
     """Weight of the magnitude regulariser, nats at the target; 0 switches it off (the branch
     ratio is logged all the same)."""
@@ -56,6 +61,26 @@ class LossConfig:
             above=0,
             remedy="to switch the regulariser off set magnitude_reg=0",
         )
+
+    def check_fits(self, window_steps: int | None, clip_steps: int) -> None:
+        """Refuse clips of which nothing would be counted.
+
+        Args:
+            window_steps: longest attention window; None sees all.
+            clip_steps: length of the clips.
+        """
+        check_setting(
+            self.first_counted(window_steps, clip_steps) < clip_steps,
+            "beyond_window",
+            self.beyond_window,
+            f"would count nothing: clips have {clip_steps} steps and the window {window_steps}; "
+            "use longer clips (data.duration_sec) or a shorter window (model.context_steps, "
+            "windows.longest_steps)",
+        )
+
+    def first_counted(self, window_steps: int | None, clip_steps: int) -> int:
+        """The first position that the cross-entropies are of, with such a window."""
+        return (window_steps or clip_steps) if self.beyond_window else 0
 
     def predicted(self, heard: Sequence[bool], step: int, taught: bool = False) -> list[bool]:
         """Rows of a batch whose audio is predicted in an optimizer step, of those `heard`.
@@ -99,6 +124,11 @@ def token_nll(
             rows = indices(heard, logits.device)
             nll = nll.index_copy(0, rows, token_nll(logits[rows], targets[rows], mask[rows]))
         return nll
+    return _cross_entropy(logits, targets, mask)
+
+
+@fused  # logits in fp32, the largest of all tensors, are never written
+def _cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     valid = logits.masked_fill(~mask[..., None], 0).float().flatten(0, -2)
     known = torch.where(mask, targets, _IGNORED).flatten()
     nll = F.cross_entropy(valid, known, ignore_index=_IGNORED, reduction="none")
@@ -115,7 +145,7 @@ def lm_losses(
     """Text and audio loss, each a mean weighted and normalised by its own weights.
 
     Args:
-        lm: tells which tokens are padding and which rows are Moshi's.
+        lm: tells which tokens are padding, which rows are Moshi's and how far attention sees.
         output: of `lm(codes)`.
         codes: [B, K, T].
         config: the weights.
@@ -129,9 +159,12 @@ def lm_losses(
     padding = (text_targets == lm.text_padding_token_id) | (
         text_targets == lm.end_of_text_padding_id
     )
-    text_weight = torch.where(padding, config.text_padding_weight, 1.0) * output.text_mask
+    steps = codes.shape[-1]
+    counted = torch.arange(steps, device=codes.device) >= config.first_counted(lm.context, steps)
+    counted_text = output.text_mask & counted
+    text_weight = torch.where(padding, config.text_padding_weight, 1.0) * counted_text
     audio_targets = codes[:, rows.own]
-    audio_weight = output.mask.float()
+    audio_weight = (output.mask & counted).float()
     audio_weight[:, 0] *= config.first_codebook_weight
     text_nll = token_nll(output.text_logits, text_targets, output.text_mask)
     audio_nll = token_nll(output.logits, audio_targets, output.mask, heard)

@@ -14,7 +14,9 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,7 +155,25 @@ def operators(step: Callable[[], None]) -> str:
     return averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70)
 
 
-def measure(name: str, row: Row, rate: float, with_operators: bool) -> str:
+@contextmanager
+def kept(lm: LMModel) -> Iterator[Counter[str]]:
+    """Bytes that a forward in the scope keeps for its backward pass, by type and shape."""
+    weights = {one.untyped_storage().data_ptr() for one in (*lm.parameters(), *lm.buffers())}
+    found: Counter[str] = Counter()
+    seen: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_cuda and storage.data_ptr() not in weights | seen:
+            seen.add(storage.data_ptr())
+            found[f"{str(tensor.dtype)[6:]} {list(tensor.shape)}"] += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
+
+
+def measure(name: str, row: Row, rate: float, with_operators: bool, with_kept: bool) -> str:
     """A line of the table."""
     lm = model(row)
     step = optimizer_step(lm, row)
@@ -169,6 +189,11 @@ def measure(name: str, row: Row, rate: float, with_operators: bool) -> str:
     peak_gib = torch.cuda.max_memory_allocated() / 2**30
     if with_operators:
         print(operators(step))
+    if with_kept:
+        with kept(lm) as found:
+            step()
+        for what, size in found.most_common(25):
+            print(f"{size / 2**30:6.2f} GiB  {what}")
     tokens = row.clips * 12.5 * row.seconds * TOKENS_A_STEP
     return (
         f"{name:20} {row.clips:2} x {row.seconds:3} s  {step_ms:7.0f} ms  "
@@ -192,7 +217,7 @@ def main(args: Sequence[str] | None = None) -> None:
     print(torch.cuda.get_device_name(), f"torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s")
     for name in options.rows or ROWS:
         try:
-            print(measure(name, ROWS[name], rate, options.operators), flush=True)
+            print(measure(name, ROWS[name], rate, options.operators, options.kept), flush=True)
         except torch.cuda.OutOfMemoryError:
             print(f"{name:20} does not fit", flush=True)
         free()
@@ -203,6 +228,7 @@ def _parser() -> ArgumentParser:
     add: Any = parser.add_argument
     add("--rows", nargs="+", choices=list(ROWS), help="Rows to measure; all of them unless told.")
     add("--operators", action="store_true", help="Also print the kernels of a step.")
+    add("--kept", action="store_true", help="Also print what is kept for the backward pass.")
     return parser
 
 

@@ -41,6 +41,9 @@ def test_a_reply_lasts_as_long_as_what_is_heard(lm, tmp_path: Path) -> None:
     again = reply(lm, SOURCE, path, LongRunConfig())
     np.testing.assert_array_equal(again.sound, said.sound)
     other = reply(lm, SOURCE, path, LongRunConfig(seed=1))
+    chunks = reply(lm, SOURCE, path, LongRunConfig(chunk_sec=0.4, reprompt_sec=0.16))
+    assert chunks.sound.shape == said.sound.shape
+    assert (chunks.sound != said.sound).any()
     assert not np.array_equal(other.sound, said.sound)
 
 

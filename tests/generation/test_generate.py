@@ -224,7 +224,9 @@ def test_observers_are_called_in_their_order_at_every_step(make_lm: MakeLM) -> N
 def test_a_recorder_is_an_observer_by_its_shape_alone(make_lm: MakeLM) -> None:
     recorder: Observer = Recorder(make_lm().eval(), STREAMS, STEPS)
     assert Observer not in type(recorder).__mro__
-    assert all(hasattr(recorder, name) for name in ("attached", "after_step", "finish"))
+    assert all(
+        hasattr(recorder, name) for name in ("attached", "after_step", "reading_again", "finish")
+    )
 
 
 def test_a_small_model_generates_on_one_core(make_lm: MakeLM) -> None:

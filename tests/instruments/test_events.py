@@ -60,8 +60,8 @@ def test_positions_outside_the_run_are_left_out() -> None:
     assert all("trained length" not in names for names in positions.values())
 
 
-def turns(written: Any, capacity: int = 10, sinks: int = 0, first_step: int = 0) -> Any:
-    rings = [CacheSnapshot(f"transformer.{n}", 0, capacity, sinks=sinks) for n in range(2)]
+def turns(written: Any, capacity: int = 10, first_step: int = 0, **kept: int) -> Any:
+    rings = [CacheSnapshot(f"transformer.{n}", 0, capacity, **kept) for n in range(2)]
     written = np.broadcast_to(written, (2, len(written)))
     return [
         (event.kind, event.step, event.detail.get("lost_steps"))
@@ -81,6 +81,14 @@ def test_turns_happen_at_multiples_of_the_capacity() -> None:
         ("first_eviction", 13, None),
         ("ring_turn", 13, 1),
         ("ring_turn", 23, 11),
+    ]
+
+
+def test_a_ring_that_thins_loses_early_and_turns_late() -> None:
+    # of 10 slots 2 hold odd steps, 2 others that are even, 6 those that 4 divides
+    assert turns(np.arange(1, 40), thinning=2) == [
+        ("first_eviction", 5, None),
+        ("ring_turn", 24, 15),
     ]
 
 
@@ -225,7 +233,7 @@ def test_the_log_of_a_run_says_what_its_files_say(make_lm: Callable[..., LMModel
         if line["event"] != "cache_created" and "slot" in line:
             step = int(line["step"])
             assert (int(line["end_offset"]), int(line["slot"])) == (step + 1, step % CONTEXT)
-            assert line["held_steps"] == f"{max(0, step + 1 - CONTEXT)},{step}"
+            assert line["held_positions"] == f"{max(0, step + 1 - CONTEXT)},{step}"
             assert int(line["next_turn_step"]) == step // CONTEXT * CONTEXT + CONTEXT
     assert [line["next_turn_sec"] for line in logged if line["event"] == "ring_turn"] == [
         "2.56",

@@ -17,19 +17,18 @@ from moshi_ttt.memory.gated_delta.chunked import chunked
 @pytest.fixture
 def agrees(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The decision, as if fla-core were installed and nothing decided yet."""
-    kernel._agrees.cache_clear()
+    kernel.is_usable.cache_clear()
     monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr(kernel, "version", lambda _: "0.6.0")
-    yield lambda head_dim=16: kernel._agrees(head_dim, torch.device("cpu"), chunked)
-    kernel._agrees.cache_clear()
+    yield lambda head_dim=16: kernel.is_usable(head_dim, torch.device("cpu"), chunked)
+    kernel.is_usable.cache_clear()
 
 
 def test_without_a_gpu_it_is_never_asked_for() -> None:
     rule = build_rule(MemoryConfig(rule="gated_delta", heads=2).fitted(32, 2), 32)
     x = torch.randn(1, 70, 32)
-    inputs = rule._project(x, None)
-    assert not kernel.is_usable(inputs, chunked)  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.bfloat16):
+        assert rule._read_dtype(x) == torch.float32
         assert rule(x)[0].isfinite().all()
 
 
@@ -66,7 +65,7 @@ def test_what_was_not_compared_is_refused_by_name(
     monkeypatch.setattr(kernel, "version", lambda _: "0.7.1")
     assert not agrees()
     assert "fla-core 0.7.1 was not compared" in caplog.text
-    kernel._agrees.cache_clear()
+    kernel.is_usable.cache_clear()
     monkeypatch.setattr(kernel, "version", lambda _: "0.6.0")
     assert not agrees(512)
     assert "heads of 512 channels" in caplog.text
@@ -84,7 +83,7 @@ def test_a_kernel_that_cannot_be_built_falls_back(
 
 
 def test_without_the_package_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    kernel._agrees.cache_clear()
+    kernel.is_usable.cache_clear()
     if kernel.importlib.util.find_spec("fla") is None:
-        assert not kernel._agrees(16, torch.device("cpu"), chunked)
+        assert not kernel.is_usable(16, torch.device("cpu"), chunked)
         assert not caplog.records

@@ -1,14 +1,15 @@
-"""The ring with sinks against a slow fp64 attention, and the controls against plain Moshi."""
+"""The controls against plain Moshi, and what is kept in models that are saved and opened."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from attention_fakes import CHANNELS, HEADS
+from lm_fakes import MakeLM
 from moshi.models.lm import LMModel
 from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention
 from moshi.utils.compile import no_cuda_graph
@@ -20,132 +21,43 @@ from moshi_ttt.instruments.recorder import Recorder
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import ModelConfig, build_lm
 from moshi_ttt.model.hybrid import add_memory
+from moshi_ttt.model.kept import Kept, KeptRing
 from moshi_ttt.model.lora import LoraConfig, add_lora
 from moshi_ttt.model.rings import attention_of, ring_of
-from moshi_ttt.model.sinks import AttentionControls, SinkRing
+from moshi_ttt.model.sinks import AttentionControls
 from moshi_ttt.model.source import open_source
 from moshi_ttt.model.weights import load_trained, save_trained, trainable_weights
 
-MakeLM = Callable[..., LMModel]
-ROWS, HEADS, CHANNELS = 3, 2, 8
+ROWS = 3
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> Tensor:
-    """Attention of one row in fp64: the last query of q over the window and the sinks.
-
-    q [H, D]; k and v [H, t, D] of all positions 0..t-1, unrotated; returns [H, D].
-    """
-    steps, half = k.shape[1], k.shape[2] // 2
-    frequencies = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-
-    def rotated(x: Tensor, positions: Tensor) -> Tensor:
-        turn = torch.polar(
-            torch.ones(len(positions), half, dtype=torch.float64), positions[:, None] * frequencies
-        )
-        pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], half, 2).contiguous())
-        return torch.view_as_real(pairs * turn).flatten(-2)
-
-    seen = [p for p in range(steps) if p < sinks or p > steps - 1 - window]
-    keys = rotated(k, torch.arange(steps, dtype=torch.float64))[:, seen]
-    query = rotated(q[:, None], torch.tensor([steps - 1.0], dtype=torch.float64))
-    weights = (query @ keys.mT / k.shape[2] ** 0.5).softmax(-1)
-    return (weights @ v[:, seen].double())[:, 0]
-
-
-def controlled_attention(make_lm: MakeLM, window: int, sinks: int, start: int = 0) -> Any:
-    lm = make_lm(dim=HEADS * CHANNELS, num_heads=HEADS, num_layers=1).eval()
-    controls = AttentionControls(lm)
-    controls.set(context_steps=window, sinks=sinks, start_position=start)
-    return controls.attentions[0].double()
-
-
-@pytest.mark.parametrize("window", [3, 5, 12, 19])
-@pytest.mark.parametrize("sinks", [1, 2, 3])
-def test_a_whole_clip_sees_what_a_stream_sees(make_lm: MakeLM, window: int, sinks: int) -> None:
-    attention = controlled_attention(make_lm, window, sinks)
-    x = torch.randn(2, 20, HEADS * CHANNELS, dtype=torch.float64)
-    with torch.no_grad():
-        whole = attention(x, x, x)
-        with attention.streaming(2):
-            steps = [attention(step, step, step) for step in x.split(1, dim=1)]
-        torch.testing.assert_close(whole, torch.cat(steps, dim=1))
-        attention.sinks = 0
-        assert not torch.allclose(attention(x, x, x), whole)
-
-
-def test_sinks_of_a_model_come_back_with_its_weights(tmp_path: Path) -> None:
+def test_sinks_and_what_is_thinned_come_back_with_the_weights(tmp_path: Path) -> None:
     source = open_source("tiny")
     memory = MemoryConfig(layers=[1], heads=2)
     config = ModelConfig(
-        source="tiny", dtype="float32", context_steps=9, train="memory", sinks=2, memory=memory
+        source="tiny",
+        dtype="float32",
+        context_steps=9,
+        train="memory",
+        sinks=2,
+        thinning=3,
+        farthest_steps=8,
+        memory=memory,
     )
     lm = build_lm(config, source)
     save_trained(tmp_path / "w.safetensors", trainable_weights(lm), config, 25, source)
     loaded, _, found, _ = load_trained(tmp_path / "w.safetensors")
-    assert found.sinks == 2
+    assert (found.sinks, found.thinning, found.farthest_steps) == (2, 3, 8)
     with loaded.streaming(1):
-        assert isinstance(ring_of(attention_of(loaded.transformer.layers[0])), SinkRing)
+        ring = ring_of(attention_of(loaded.transformer.layers[0]))
+        assert isinstance(ring, KeptRing)
+        assert (ring.sinks, ring.thinning, ring.farthest_steps) == (2, 3, 8)
     with pytest.raises(UserError, match="sinks=9"):
         dataclasses.replace(config, sinks=9)
-
-
-@pytest.mark.parametrize(("window", "sinks"), [(5, 1), (5, 3), (7, 7), (4, 6)])
-def test_streaming_attends_to_window_and_sinks_through_wraps_resets_and_pauses(
-    make_lm: MakeLM, window: int, sinks: int
-) -> None:
-    attention = controlled_attention(make_lm, window, sinks)
-    generator = torch.Generator().manual_seed(window)
-    history: list[list[Tensor]] = [[] for _ in range(ROWS)]
-    checked = 0
-    with torch.no_grad(), attention.streaming(ROWS):
-        for step in range(6 * window):
-            if step == 3 * window + 1:
-                reset = torch.tensor([False, True, False])
-                attention.reset_streaming(reset)
-                history[1] = []
-            x = torch.randn(ROWS, 1, HEADS * CHANNELS, generator=generator).double()
-            runs = torch.rand(ROWS, generator=generator) < 0.7
-            attention.set_exec_mask(runs)
-            y = attention(x, x, x)
-            for row in range(ROWS):
-                if not runs[row]:
-                    continue
-                history[row].append(x[row, 0])
-                q, k, v = (
-                    attention.in_projs[0](torch.stack(history[row]))
-                    .view(-1, 3, HEADS, CHANNELS)
-                    .permute(1, 2, 0, 3)
-                )
-                expected = reference(q[:, -1], k, v, window, sinks).flatten()
-                expected = attention.out_projs[0](expected)
-                torch.testing.assert_close(y[row, 0], expected, atol=1e-6, rtol=1e-6)
-                checked += 1
-    assert max(len(one) for one in history) > 3 * window  # the ring has turned
-    assert checked > 40
-
-
-@pytest.mark.parametrize("chunks", [(3, 2, 4, 4, 1, 5, 5), (5, 5, 5, 5)])
-def test_several_steps_at_once_write_what_one_at_a_time_writes(chunks: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    steps = sum(chunks)
-    k, v = torch.randn(2, ROWS, HEADS, steps, CHANNELS, generator=generator)
-    runs = torch.ones(ROWS, dtype=torch.bool)
-
-    def ring() -> SinkRing:
-        return SinkRing(
-            ROWS, HEADS, CHANNELS, 5, 2, device=torch.device("cpu"), dtype=torch.float32
-        )
-
-    one, many = ring(), ring()
-    for t in range(steps):
-        last = one.complete(k[:, :, t, None], v[:, :, t, None], runs)
-    at = 0
-    for size in chunks:
-        chunk = many.complete(k[:, :, at : at + size], v[:, :, at : at + size], runs)
-        at += size
-    assert torch.equal(last.positions, chunk.positions)
-    assert torch.equal(last.keys, chunk.keys)
-    assert torch.equal(last.values, chunk.values)
+    with pytest.raises(UserError, match="thinning=8 must be at least 0 and at most 7; each"):
+        dataclasses.replace(config, thinning=8)
+    with pytest.raises(UserError, match="farthest_steps=0"):
+        dataclasses.replace(config, farthest_steps=0)
 
 
 def test_a_ring_without_sinks_is_upstreams_ring() -> None:
@@ -153,18 +65,19 @@ def test_a_ring_without_sinks_is_upstreams_ring() -> None:
     upstream = RingKVCache(
         ROWS, HEADS, CHANNELS, 5, device=torch.device("cpu"), dtype=torch.float32
     )
-    ours = SinkRing(ROWS, HEADS, CHANNELS, 5, 0, device=torch.device("cpu"), dtype=torch.float32)
+    ours = KeptRing(ROWS, HEADS, CHANNELS, Kept(5), device=torch.device("cpu"), dtype=torch.float32)
     for step in range(23):
         k, v = torch.randn(2, ROWS, HEADS, 1, CHANNELS, generator=generator)
         runs = torch.rand(ROWS, generator=generator) < 0.7
         if step == 12:
             for ring in (upstream, ours):
                 ring.reset(torch.tensor([True, False, False]))
-        expected, got = upstream.complete(k, v, runs), ours.complete(k, v, runs)
-        assert torch.equal(expected.keys, got.keys)
-        assert torch.equal(expected.values, got.values)
+        expected = upstream.complete(k, v, runs)
+        added, _ = ours.write(k, k, v, runs)
+        assert torch.equal(expected.keys, ours.cache[0])
+        assert torch.equal(expected.values, ours.cache[1])
         # what a paused row reads is thrown away, and upstream's says so only before it has turned
-        assert torch.equal(expected.positions[runs], got.positions[runs])
+        assert torch.equal(expected.positions[runs] >= 0, added[runs, 0, 0] == 0)
 
 
 def tokens_and_norms(lm: LMModel, steps: int = 40) -> tuple[Tensor, Any]:
@@ -192,13 +105,13 @@ def test_capacity_and_sinks_change_between_generations_of_one_model(make_lm: Mak
     controls = AttentionControls(lm)
     controls.set(context_steps=12)
     _, twelve = tokens_and_norms(lm)
-    controls.set(context_steps=12, sinks=2)
+    controls.set(context_steps=12, sinks=2, thinning=2, farthest_steps=11)
     _, kept = tokens_and_norms(lm)
     controls.set(context_steps=16)
     _, sixteen = tokens_and_norms(lm)
-    # nothing is evicted before step 12, so sinks make no difference there; afterwards they do
+    # nothing is evicted before step 6, so it makes no difference there; afterwards it does
     torch.testing.assert_close(
-        torch.from_numpy(kept[..., :12]), torch.from_numpy(twelve[..., :12]), atol=1e-4, rtol=1e-4
+        torch.from_numpy(kept[..., :6]), torch.from_numpy(twelve[..., :6]), atol=1e-4, rtol=1e-4
     )
     assert abs(kept[:, 1:, 13:] - twelve[:, 1:, 13:]).max() > 1e-2
     _, plain = tokens_and_norms(make_lm().eval())
@@ -247,6 +160,8 @@ def test_misuse_is_refused(make_lm: MakeLM) -> None:
     controls = AttentionControls(lm)
     with pytest.raises(UserError, match="sinks=-1"):
         controls.set(context_steps=16, sinks=-1)
+    with pytest.raises(UserError, match="thinning=15"):
+        controls.set(context_steps=16, thinning=15)
     with pytest.raises(UserError, match="context_steps=1"):
         controls.set(context_steps=1)
     with lm.streaming(1), pytest.raises(UserError, match="streaming"):
@@ -256,9 +171,11 @@ def test_misuse_is_refused(make_lm: MakeLM) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_sinks_in_a_cuda_graph_equal_eager_ones(make_lm: MakeLM) -> None:
+def test_what_is_kept_in_a_cuda_graph_is_what_is_kept_without(make_lm: MakeLM) -> None:
     lm = make_lm().cuda().eval()
-    AttentionControls(lm).set(context_steps=9, sinks=3, start_position=100)
+    AttentionControls(lm).set(
+        context_steps=9, sinks=3, thinning=2, farthest_steps=8, start_position=100
+    )
     codes = torch.randint(0, 16, (2, 17, 40), generator=torch.Generator().manual_seed(1))
 
     def norms() -> Tensor:

@@ -184,7 +184,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     source, path = open_source("tiny"), tmp_path / "last.safetensors"
     old = trained_file(path, "memory", source)
     new = build_lm(config("memory+lora"), source)  # more trains than the file holds
-    check_start(str(path), source)
+    check_start(str(path), config("memory+lora"), source)
     start_from(new, str(path))
     state = new.state_dict()
     for name, value in old.state_dict().items():
@@ -198,26 +198,32 @@ def test_tiny_means_the_memory_bundled_with_it(
     source = open_source("tiny")
     monkeypatch.setattr("moshi_ttt.model.weights.ASSETS", tmp_path)
     with pytest.raises(UserError, match=r"init_from=tiny: .*tiny/memory\.saf.* does not exist"):
-        check_start("tiny", source)
+        check_start("tiny", config("memory"), source)
     old = trained_file(tmp_path / "tiny/memory.safetensors", "memory", source)
     new = build_lm(config("memory"), source)
-    check_start("tiny", source)
+    check_start("tiny", config("memory"), source)
     start_from(new, "tiny")
     assert all(
         torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items()
     )
     with pytest.raises(UserError, match=r"init_from=tiny: .* another one .* null starts without"):
-        check_start("tiny", open_source("moshi7b-random"))
+        check_start("tiny", config("memory"), open_source("moshi7b-random"))
 
 
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused_by_name_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, path = open_source("tiny"), tmp_path / "last.safetensors"
     trained_file(path, "memory", source, heads=8)
-    other = build_lm(config("memory"), source)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'\\"heads\\": 8', b'\\"heads\\": 4'))
+    monkeypatch.setattr("moshi.models.loaders.CheckpointInfo.get_moshi", None)
     with pytest.raises(UserError, match=r"init_from=.*branch\..* is \[.* it is \["):
-        start_from(other, str(path))
+        check_start(str(path), config("memory"), source)
     with pytest.raises(UserError, match="nothing of that name trains"):
-        start_from(build_lm(config("lora"), source), str(path))
+        check_start(str(path), config("lora"), source)
+    with pytest.raises(UserError, match=r"does not fit its own config: .*branch\..* is \["):
+        load_trained(path)
 
 
 def test_weights_of_another_base_are_refused(tmp_path: Path) -> None:
@@ -225,11 +231,12 @@ def test_weights_of_another_base_are_refused(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(ASSETS / "tiny", copy)
     trained_file(path, "memory", tiny)
-    check_start(str(path), open_source(str(copy)))  # the same base, wherever it lies
+    chosen = config("memory")
+    check_start(str(path), chosen, open_source(str(copy)))  # the same base, wherever it lies
     weights = load_file(copy / "model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors")
     with pytest.raises(UserError, match=r"^init_from=.*last\.safetensors: .* another one"):
-        check_start(str(path), open_source(str(copy)))
+        check_start(str(path), chosen, open_source(str(copy)))
 
 
 @pytest.mark.parametrize("train", ["base", "full"])

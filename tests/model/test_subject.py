@@ -69,6 +69,15 @@ def test_a_model_may_be_looked_at_with_sinks_and_another_inner_rate(checkpoint: 
     assert subject.label == "long60s/000 best, 3 sinks, inner rate x 0.5"
     assert all(attention_of(layer).sinks == 3 for layer in subject.lm.transformer.layers)  # type: ignore[attr-defined]
     assert [one.branch.rule.rate for one in hybrid_layers(subject.lm).values()] == [0.5]
+    subject = open_subject(checkpoint, "cpu", thinning=2, farthest_steps=19)
+    words = "older keys halved x 2, keys seem at most 19 steps away"
+    assert subject.label == f"long60s/000 best, {words}"
+    attention = attention_of(subject.lm.transformer.layers[0])
+    assert (attention.sinks, attention.thinning, attention.farthest_steps) == (0, 2, 19)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="--thinning=11 must be at least 0 and at most 10"):
+        open_subject(checkpoint, "cpu", thinning=11)
+    with pytest.raises(UserError, match="--farthest_steps=0"):
+        open_subject(checkpoint, "cpu", farthest_steps=0)
     assert open_subject("tiny", "cpu", sinks=1).label == "tiny (vanilla, 1 sinks)"
     with pytest.raises(UserError, match="--sinks=20 must be at least 0 and at most 19"):
         open_subject(checkpoint, "cpu", sinks=20)

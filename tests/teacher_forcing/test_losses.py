@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.branch import BranchStats
+from moshi_ttt.model.window import window as set_to
 from moshi_ttt.teacher_forcing.losses import (
     LossConfig,
     lm_losses,
@@ -59,6 +61,48 @@ def test_losses_are_means_weighted_and_normalised_by_their_weights(make_lm: Make
     assert audio.item() == pytest.approx((10 * 3 + 7) / 17 * math.log(2), rel=1e-5)
     both = LossConfig(audio_weight=0.2).likelihood(text, audio)
     assert both.item() == pytest.approx(text.item() + 0.2 * audio.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [3, 7])
+def test_beyond_the_window_the_loss_is_that_of_these_positions_alone(
+    make_lm: MakeLM, window: int
+) -> None:
+    lm = make_lm(context=20)
+    codes = random_codes(12)
+    codes[0, :, 9:] = -1  # a recording that ends
+    config = LossConfig(text_padding_weight=0.3, beyond_window=True)
+    plain = dataclasses.replace(config, beyond_window=False)
+    losses, gradients = [], []
+    for one in (config, plain):
+        with set_to(lm, window):
+            output = lm(codes)
+            if one is plain:  # the rest is not there
+                output = LMOutput(
+                    output.logits[:, :, window:],
+                    output.mask[:, :, window:],
+                    output.text_logits[:, :, window:],
+                    output.text_mask[:, :, window:],
+                )
+            losses.append(lm_losses(lm, output, codes[..., -output.mask.shape[-1] :], one))
+        lm.zero_grad()
+        one.likelihood(*losses[-1]).backward()
+        gradients.append(lm.text_emb.weight.grad.clone())
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+    with set_to(lm, window):
+        assert lm_losses(lm, lm(codes), codes, plain)[0] != losses[0][0]
+    with set_to(lm, 12):  # nothing is beyond it
+        assert lm_losses(lm, lm(codes), codes, config)[0] == 0
+
+
+def test_clips_that_a_window_covers_cannot_be_counted_beyond_it() -> None:
+    LossConfig().check_fits(None, 10)
+    LossConfig(beyond_window=True).check_fits(9, 10)
+    for window in (10, None):
+        with pytest.raises(
+            UserError, match="beyond_window=True would count nothing: clips have 10"
+        ):
+            LossConfig(beyond_window=True).check_fits(window, 10)
 
 
 def test_invalid_positions_with_nan_logits_do_not_reach_loss_or_gradient() -> None:

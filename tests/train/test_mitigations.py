@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from moshi_ttt.model.weights import load_trained
 from train.fit import main
 from train.module import MoshiTTT
 from train.windows import RandomWindows
+
+FAR = "--model.farthest_steps=19"
 
 
 def test_windows_are_drawn_between_the_two_and_only_for_training(
@@ -38,6 +42,42 @@ def test_windows_are_drawn_between_the_two_and_only_for_training(
     one, other = trained(folder), trained(plain)
     assert not all(torch.equal(one[name], other[name]) for name in one)
     assert set(seen) == {20}
+
+
+def test_windows_too_short_to_be_thinned_are_refused(small: list[str], tmp_path: Path) -> None:
+    args = [*small, "--model.thinning=3", "--windows.longest_steps=24", f"--run_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"model\.thinning=3 must be at least 0 and at most 2"):
+        main([*args, "--windows.shortest_steps=4"])
+
+
+def test_what_is_kept_is_kept_in_training_and_in_what_is_saved(
+    small: list[str], tmp_path: Path
+) -> None:
+    weights = []
+    for kept in ([], ["--model.thinning=3"], ["--model.sinks=2"], ["--model.sinks=2", FAR]):
+        folder = main([*small, *kept, "--trainer.max_epochs=1", f"--run_dir={tmp_path}"])
+        weights.append(trained(folder))
+    _, _, config, _ = load_trained(folder / "checkpoints/last.ckpt")
+    assert (config.sinks, config.thinning, config.farthest_steps) == (2, 0, 19)
+    for one, other in itertools.combinations(weights, 2):
+        assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_loss_may_be_counted_beyond_the_window_of_each_batch(
+    small: list[str], tmp_path: Path
+) -> None:
+    args = [*small, "--model.loss.beyond_window=true", "--trainer.max_epochs=1"]
+    windows = ["--windows.shortest_steps=3", "--windows.longest_steps"]
+    refused = r"model\.loss\.beyond_window=True would count nothing: clips have 25 steps"
+    with pytest.raises(UserError, match=refused):
+        main([*args, *windows, "25", f"--run_dir={tmp_path}"])
+    with pytest.raises(UserError, match=refused):
+        main([*args, "--model.context_steps=25", f"--run_dir={tmp_path}"])
+    folder = main([*args, *windows, "24", f"--run_dir={tmp_path}"])
+    plain = main([*small, "--trainer.max_epochs=1", *windows, "24", f"--run_dir={tmp_path}"])
+    one, other = (scalars(run, "train/loss") for run in (folder, plain))
+    assert all(math.isfinite(loss) for loss in one)
+    assert one != other
 
 
 def test_draws_are_log_uniform() -> None:

@@ -52,16 +52,20 @@ class GatedDelta(MemoryRule):
         log_alpha = self._per_head(_log_alpha(forget, self.log_rate, self.dtype))
         return *super()._gates(write), log_alpha
 
-    def _stream(
-        self, inputs: Sequence[Tensor], state: MemoryState, rows: Tensor, mixed: bool
-    ) -> Tensor:
+    def _read_dtype(self, x: Tensor) -> torch.dtype:
+        mixed = x.is_cuda and torch.is_autocast_enabled("cuda") and self.dtype == torch.float32
+        if mixed and x.shape[1] > 1 and is_usable(self.head_dim, x.device, chunked):
+            return torch.bfloat16  # as the kernel wants them
+        return self.dtype
+
+    def _stream(self, inputs: Sequence[Tensor], state: MemoryState, rows: Tensor) -> Tensor:
         if inputs[0].shape[2] > 1:
-            return super()._stream(inputs, state, rows, mixed)
+            return super()._stream(inputs, state, rows)
         y: Tensor = _step_in_place(*inputs, state["memory"], state["updates"], rows)
         return y
 
     def _walk(
-        self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
+        self, inputs: Sequence[Tensor], state: MemoryState | None
     ) -> tuple[Tensor, MemoryState]:
         q, k, v, beta, log_alpha = inputs
         state = state or self.init_state(len(q))
@@ -69,7 +73,7 @@ class GatedDelta(MemoryRule):
         if q.shape[2] == 1:
             y, memory = one_step(*whole, state["memory"])
         else:
-            form = by_kernel if mixed and is_usable(whole, chunked) else chunked
+            form = chunked if q.dtype == self.dtype else by_kernel
             y, memory = form(whole, state["memory"])
         return y, {"memory": memory, "updates": state["updates"] + q.shape[2]}
 

@@ -38,11 +38,12 @@ def by_kernel(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
     """The rule over T steps.
 
     Args:
-        inputs: of the rule, fp32 on a GPU.
+        inputs: of the rule on a GPU; queries, keys and values in fp32, or in bf16 with the layout
+            [B, T, H, dh], as the kernel has them.
         memory: before the first step, [B, H, dh, dh], keys by values.
 
     Returns:
-        The read-out [B, H, T, dh] in fp32, and the memory after the last step.
+        The read-out [B, H, T, dh] in bf16, and the memory in fp32 after the last step.
     """
     from fla.ops.kda import chunk_kda  # imports triton
 
@@ -57,7 +58,7 @@ def by_kernel(inputs: Inputs, memory: Tensor) -> tuple[Tensor, Tensor]:
         initial_state=memory.contiguous(),
         output_final_state=True,
     )
-    return y.transpose(1, 2).float(), memory
+    return y.transpose(1, 2), memory
 
 
 @fused
@@ -71,21 +72,15 @@ def _as_kernel_wants(
     return q, k, v, log_alpha, beta[..., 0]
 
 
-def is_usable(inputs: Inputs, chunked: Form) -> bool:
-    """Whether `by_kernel` may stand in for the chunked form here; the first time, it is tried out.
+@cache
+def is_usable(head_dim: int, device: torch.device, chunked: Form) -> bool:
+    """Whether the kernel is there and gives what the chunked form gives; says why if not.
 
     Args:
-        inputs: what is to be computed.
+        head_dim: channels of a head.
+        device: a GPU; it is tried out there the first time.
         chunked: the form that is right, to compare with.
     """
-    q = inputs[0]
-    asked = q.is_cuda and q.shape[2] > 1 and q.dtype == torch.float32
-    return asked and _agrees(q.shape[-1], q.device, chunked)
-
-
-@cache
-def _agrees(head_dim: int, device: torch.device, chunked: Form) -> bool:
-    """Whether the kernel is there and gives what the chunked form gives; says why if not."""
     if importlib.util.find_spec("fla") is None:
         return False
     found = version("fla-core")

@@ -128,7 +128,7 @@ class MiniBatchRule(MemoryRule):
         return [stop - first for first, stop in pairwise([0, *sorted(ends), steps])]
 
     def _walk(
-        self, inputs: Sequence[Tensor], state: MemoryState | None, mixed: bool
+        self, inputs: Sequence[Tensor], state: MemoryState | None
     ) -> tuple[Tensor, MemoryState]:
         rows, _, steps, _ = inputs[0].shape
         lengths = self._chunk_lengths(steps, state)
