@@ -16,10 +16,10 @@ from moshi_ttt.report.figures import evaluation_pictures
 from moshi_ttt.report.headline import headline
 
 FIRST = {
-    "longgen/recall/beyond_window/kept": "at_a_glance/recall_beyond_window",
-    "longgen/recall/beyond_window/reset": "at_a_glance/recall_beyond_window_memory_reset",
-    "longgen/nll/text/behind_10s": "at_a_glance/nll_text_behind_10s",
-    "longgen/nll/text/behind_100s": "at_a_glance/nll_text_behind_100s",
+    "longgen/recall/beyond_window/kept": "at_a_glance/recall_kept",
+    "longgen/recall/beyond_window/reset": "at_a_glance/recall_reset",
+    "longgen/nll/text/behind_10s": "at_a_glance/nll_behind_10s",
+    "longgen/nll/text/behind_100s": "at_a_glance/nll_behind_100s",
     "longgen/jump/count": "at_a_glance/jumps",
     "longgen/times_real_time": "at_a_glance/times_real_time",
 }
