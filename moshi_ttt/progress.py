@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import partial
 
@@ -17,3 +18,11 @@ def is_seen() -> bool:
 
 
 progress = partial(tqdm, mininterval=0.1 if is_seen() else LINE_SEC)
+
+
+class LinesBesideBars(logging.Handler):
+    """Writes to stderr, above a bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record."""
+        tqdm.write(self.format(record), file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import runpy
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_names_are_given_whole(capsys: pytest.CaptureFixture[str]) -> None:
     *hints, error = capsys.readouterr().err.splitlines()
     assert error == "error: unrecognized arguments: --cache_di a"
     assert len(hints) == 2  # and not every flag there is
+
+
+@pytest.mark.parametrize(
+    ("level", "seen"),
+    [("info", "INFO: a\nWARNING: b\n"), ("warning", "WARNING: b\n"), ("error", "")],
+)
+def test_the_log_begins_at_the_level_asked_for(
+    level: str, seen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parse(parser(), [f"--log-level={level}"])
+    logger = logging.getLogger("moshi_ttt.somewhere")
+    logger.info("a")
+    logger.warning("b")
+    assert capsys.readouterr().err == seen
+    assert "log_level" not in options  # what is done does not depend on it
 
 
 def test_sources_are_names_and_checkpoints_are_paths() -> None:

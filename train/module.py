@@ -152,9 +152,6 @@ class MoshiTTT(LightningModule):
             choose_checkpointing(self, self.trainer)
         counts = parameter_counts(self.lm, self._groups)
         self.print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
-        if self.logger is not None:
-            tags = {f"parameters/{name}": float(count) for name, count in counts.items()}
-            self.logger.log_metrics(tags, step=self.global_step)
         self._silent_groups = set(self._groups)
 
     @cached_property

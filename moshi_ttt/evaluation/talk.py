@@ -143,11 +143,10 @@ def _generate(
             watch = AttentionWatch(list(config.attention_layers), config.attention_every_steps)
         recorder = Recorder(lm, streams, steps, watch)
         observers: list[Observer] = [recorder, EachStep(lambda _: bar.update())]
-        if config.log_interval_steps:
-            interval_steps, write = config.log_interval_steps, bar.write
+        if interval_steps := facts["clock"].interval("log_interval", config.log_interval):
             observers.append(
                 ConsoleLog(
-                    recorder, steps=steps, interval_steps=interval_steps, write=write, **facts
+                    recorder, steps=steps, interval_steps=interval_steps, write=bar.write, **facts
                 )
             )
         started_sec = time.monotonic()

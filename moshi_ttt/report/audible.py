@@ -63,9 +63,13 @@ def audible_section(quality: Mapping[str, Any], cuts: Sequence[Path]) -> list[st
         "*: the 95 % interval of the change, stream by stream, leaves out 0; by chance about one "
         "in twenty does. The loss is teacher-forced on recordings, one value without an interval."
     )
-    parts = ["<h2>Can it be heard?</h2>", html.bullets(map(audible_finding, positions))]
-    parts += [html.table(header, rows), html.paragraph(note, kind="note")]
-    return parts + [html.player(path, path.stem.replace("_", " ")) for path in cuts]
+    details = [html.table(header, rows), html.paragraph(note, kind="note")]
+    details += [html.player(path, path.stem.replace("_", " ")) for path in cuts]
+    return [
+        "<h3>Can a position be heard?</h3>",
+        html.points(map(audible_finding, positions)),
+        html.folded("Measures and sound around each position", "".join(details)),
+    ]
 
 
 def seam_section(quality: Mapping[str, Any]) -> list[str]:
