@@ -179,7 +179,7 @@ class MoshiTTT(LightningModule):
         if predicted is not None and not any(predicted):  # left out, it would stay what it was
             values["train/audio_loss"] = torch.full_like(audio_loss, torch.nan)
         if teacher is not None:
-            values["train/divergence"] = divergence(output, teacher, self.distillation.streams)
+            values["train/divergence"] = divergence(output, teacher, self.distillation.groups)
             loss = loss + self.distillation.weight * values["train/divergence"]
         if stats:
             penalty = magnitude_penalty(stats, config)

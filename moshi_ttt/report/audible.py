@@ -86,8 +86,9 @@ def seam_section(quality: Mapping[str, Any]) -> list[str]:
             star = " *" if _changes(one) else ""
             cells = (f"{one[key]:.3g}" if _known(one[key]) else None for key in SEAM_COLUMNS)
             rows.append([label + star, *cells])
+    count = len(seams["steps"])
     note = (
-        f"{len(seams['steps'])} seams in each stream, against other places of the same stream; "
+        f"{count} seam{'s'[: count > 1]} in each stream, against other places of the same stream; "
         f"words in {seams['window_steps']} steps. *: the 95 % interval of the change leaves out 0."
     )
     header = ["measure", "elsewhere", "at seams", "change", "from", "to"]
