@@ -15,12 +15,16 @@ from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.report.figures import evaluation_pictures
 from moshi_ttt.report.headline import headline
 
-RESULTS = (
-    "val/loss",
-    "longgen/recall/beyond_window/kept",
-    "longgen/recall/beyond_window/reset",
-    "longgen/jump/count",
-)
+FIRST = {
+    "longgen/recall/beyond_window/kept": "at_a_glance/recall_kept",
+    "longgen/recall/beyond_window/reset": "at_a_glance/recall_reset",
+    "longgen/nll/text/behind_10s": "at_a_glance/nll_behind_10s",
+    "longgen/nll/text/behind_100s": "at_a_glance/nll_behind_100s",
+    "longgen/jump/count": "at_a_glance/jumps",
+    "longgen/times_real_time": "at_a_glance/times_real_time",
+}
+"""Scalars of an evaluation that TensorBoard shows on its first page, under these tags."""
+RESULTS = ("val/loss", *FIRST.values())
 """Scalars that the table of runs shows beside their settings, as they were last."""
 
 
@@ -65,7 +69,7 @@ def log_evaluation(writer: SummaryWriter, folder: Path, global_step: int) -> dic
     lines = "\n".join(f"- {line}" for line in headline(evaluation, trace))
     writer.add_text("longgen/headline", lines, global_step)
     for tag, value in evaluation.scalars.items():
-        writer.add_scalar(tag, value, global_step)
+        writer.add_scalar(FIRST.get(tag, tag), value, global_step)
     pictures = evaluation_pictures(evaluation, trace)
     for name, picture in pictures.items():
         writer.add_image(f"longgen/figures/{name}", picture, global_step, dataformats="HWC")

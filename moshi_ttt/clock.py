@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+
+from moshi_ttt.errors import check_setting
 
 LEGACY_TOKENS_PER_STEP = 8  # the notes count Moshi's own 8 codebooks: 8 x 12.5 Hz = 100 a second
 
@@ -26,6 +30,25 @@ class Clock:
     def steps(self, seconds: float) -> int:
         """Steps that cover `seconds`, rounded up on whole samples."""
         return -(-round(seconds * self.sample_rate) // self.samples_per_step)
+
+    def interval(self, key: str, length: int | str) -> int:
+        """Steps between two things, 0 for never, as people write it.
+
+        Args:
+            key: name of the setting.
+            length: in steps (`100`, `100steps`), seconds (`8s`) or legacy tokens (`800tokens`).
+
+        Raises:
+            SettingError: it is none of these.
+        """
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|steps?|s|sec|tokens?)", str(length))
+        rule = "must be a length in steps, seconds or legacy tokens; use e.g. 100, 8s or 800tokens"
+        check_setting(found is not None, key, length, rule)
+        assert found is not None
+        count, unit = float(found[1]), found[2]
+        if unit in ("s", "sec"):
+            return self.steps(count)
+        return math.ceil(count / LEGACY_TOKENS_PER_STEP if unit.startswith("token") else count)
 
     def seconds(self, steps: float) -> float:
         """Time at which step number `steps` begins."""

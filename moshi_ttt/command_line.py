@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import logging.config
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -11,6 +13,10 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from moshi_ttt.progress import LinesBesideBars
+
+LogLevel = Literal["info", "warning", "error"]
+LOG_LEVEL_HELP = "What is said beside results: also choices made (info), or only what may be wrong."
 USAGE = "%(prog)s [options]"
 """One line: all flags at once, before an error or before what they mean, help nobody."""
 
@@ -23,24 +29,49 @@ def program_parser(description: str | None) -> ArgumentParser:
     """A parser of the program that `description`, its docstring, tells of, by whole names."""
     # the docstring under each config field is its help text
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(
+    parser = ArgumentParser(
         description=description,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
         usage=USAGE,
     )
+    parser.add_argument("--log_level", type=LogLevel, default="info", help=LOG_LEVEL_HELP)
+    return parser
 
 
 def parse(parser: ArgumentParser, args: Sequence[str] | None, **settings: Any) -> Any:
-    """Parse `args` (None: those of the process); `--cache-dir` means `--cache_dir`.
+    """Parse `args` (None: those of the process), and log from the level on that they ask for.
 
     Args:
         parser: of the program.
         args: what was given.
         settings: of `ArgumentParser.parse_args`.
     """
-    given = sys.argv[1:] if args is None else args
-    return parser.parse_args([_underscored(one) for one in given], **settings)
+    options = parser.parse_args(underscored(sys.argv[1:] if args is None else args), **settings)
+    if level := options.pop("log_level", None):  # no setting of what the program does
+        log_from(level)
+    return options
+
+
+def log_from(level: LogLevel, *others: str) -> None:
+    """Let this project's loggers, and `others` by name, write what is of this level or above."""
+    ours = {"level": level.upper(), "handlers": ["lines"]}
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"plain": {"format": "%(levelname)s: %(message)s"}},
+            "handlers": {"lines": {"()": LinesBesideBars, "formatter": "plain"}},
+            "loggers": {"moshi_ttt": ours, "train": ours},
+        }
+    )
+    for name in others:  # they have handlers of their own
+        logging.getLogger(name).setLevel(level.upper())
+
+
+def underscored(args: Sequence[str]) -> list[str]:
+    """Arguments with the names of flags as they are defined: `--cache-dir` is `--cache_dir`."""
+    return [_underscored(one) for one in args]
 
 
 def _underscored(argument: str) -> str:

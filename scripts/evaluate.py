@@ -6,7 +6,7 @@
     python scripts/evaluate.py --checkpoint last.ckpt --thinning 3  # older keys thinned out
     python scripts/evaluate.py --checkpoint last.ckpt --run.chunk_sec 15  # in chunks
     python scripts/evaluate.py --model tiny --seconds 120
-    python scripts/evaluate.py --model tiny --log_interval 100 | grep event=ring_turn
+    python scripts/evaluate.py --model tiny --log_interval 8s | grep event=ring_turn
     python scripts/evaluate.py --model tiny --input me.wav --output moshi.wav   # what it answers
     python scripts/evaluate.py --compare runs/long60s/000 runs/evaluate/tiny_120s
 
@@ -81,10 +81,10 @@ def _answer(subject: Subject, options: Namespace) -> Path:
 def _evaluate(subject: Subject, options: Namespace, parser: ArgumentParser) -> Path:
     """Let it talk, and measure; the report."""
     lm, source = subject.lm, subject.source
-    with settings_at("run", seconds="--seconds", log_interval_steps="--log_interval"):
+    with settings_at("run", seconds="--seconds", log_interval="--log_interval"):
         run = LongRunConfig(
             seconds=options.seconds,
-            log_interval_steps=options.log_interval,
+            log_interval=options.log_interval,
             **vars(options.run),
         )
     assert lm.context is not None
@@ -126,6 +126,7 @@ def _parser() -> ArgumentParser:
     parser = program_parser(__doc__)
     add: Any = parser.add_argument
     add_subjects(parser)
+    add("--config", action="config", help="Settings of an earlier call: its config.yaml.")
     add("--compare", type=Path, nargs="+", help="Run or evaluation folders to overlay.")
     add(
         "--context_steps",
@@ -153,14 +154,15 @@ def _parser() -> ArgumentParser:
     add("--seconds", type=float, help="Length; null: 150 steps past 2C.")
     add(
         "--log_interval",
-        type=int,
+        type=int | str,
         default=0,
-        help="Also log as text, every n steps and at every critical position; 0: off.",
+        help="Also log as text: every 100 steps (100), 8 seconds (8s) or 800 legacy tokens "
+        "(800tokens), and at every critical position; 0: off.",
     )
     add_held_out(parser)
     add_device(parser)
     add("--out", type=Path, help="Folder to write a new one in; null: named after what is asked.")
-    parser.add_class_arguments(LongRunConfig, "run", skip={"seconds", "log_interval_steps"})
+    parser.add_class_arguments(LongRunConfig, "run", skip={"seconds", "log_interval"})
     return parser
 
 

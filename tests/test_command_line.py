@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import runpy
 from pathlib import Path
@@ -14,7 +15,8 @@ from moshi_ttt.command_line import add_held_out, add_subjects, parse, program_pa
 PROGRAMS = sorted(
     path
     for path in (Path(__file__).parents[1] / "scripts").rglob("*.py")
-    if "__main__" in path.read_text()
+    # what hands its command line on to train/fit.py has the help of that
+    if "__main__" in path.read_text() and "from train.fit import main" not in path.read_text()
 )
 
 
@@ -37,6 +39,21 @@ def test_names_are_given_whole(capsys: pytest.CaptureFixture[str]) -> None:
     *hints, error = capsys.readouterr().err.splitlines()
     assert error == "error: unrecognized arguments: --cache_di a"
     assert len(hints) == 2  # and not every flag there is
+
+
+@pytest.mark.parametrize(
+    ("level", "seen"),
+    [("info", "INFO: a\nWARNING: b\n"), ("warning", "WARNING: b\n"), ("error", "")],
+)
+def test_the_log_begins_at_the_level_asked_for(
+    level: str, seen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parse(parser(), [f"--log-level={level}"])
+    logger = logging.getLogger("moshi_ttt.somewhere")
+    logger.info("a")
+    logger.warning("b")
+    assert capsys.readouterr().err == seen
+    assert "log_level" not in options  # what is done does not depend on it
 
 
 def test_sources_are_names_and_checkpoints_are_paths() -> None:

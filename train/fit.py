@@ -5,6 +5,7 @@ Every field is explained by `--help`; `--print_config` prints the resolved confi
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from callbacks.long_generation import LongGeneration
 from callbacks.progress import ProgressLines
 from callbacks.tensorboard import log_settings
-from moshi_ttt.command_line import USAGE
+from moshi_ttt.command_line import LOG_LEVEL_HELP, USAGE, LogLevel, log_from, underscored
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.folder import find_evaluations
 from moshi_ttt.files import claim_folder, next_folder
@@ -36,6 +37,7 @@ from train.checkpoints import CheckpointWithWeights, RunCheckpoints, SaveBeforeE
 from train.data import ConversationData
 from train.finite import FiniteUpdates
 from train.module import MoshiTTT
+from train.pace import Pace
 from train.recipes import CONFIGS, resolve_configs
 from train.resume import check_is_ours
 from train.run_folder import BEST, LAST, find_checkpoint, folder_of, locked
@@ -75,6 +77,7 @@ class FitCLI(LightningCLI):
             help="Resume: `last` (newest run in run_dir that has a checkpoint) or a .ckpt file. A "
             "run in run_dir goes on in its folder; from any other checkpoint a new run begins.",
         )
+        parser.add_argument("--log_level", type=LogLevel, default="info", help=LOG_LEVEL_HELP)
         parser.add_lightning_class_args(LongGeneration, "long_generation")
         parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(FiniteUpdates, "finite")
@@ -85,7 +88,9 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with `--config NAME` found in `configs/`."""
-        self.config = parser.parse_args(resolve_configs(sys.argv[1:] if args is None else args))
+        given = underscored(sys.argv[1:] if args is None else args)
+        self.config = parser.parse_args(resolve_configs(given))
+        log_from(self.config.log_level, "lightning.pytorch")
 
     def before_instantiate_classes(self) -> None:
         """Check the configs, and decide the run folder: a new one, or that of the checkpoint."""
@@ -184,6 +189,16 @@ def nested_configs() -> dict[str, type]:
     }
 
 
+def without_tips() -> None:
+    """Lightning's messages, but none about products."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(_no_tip)
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: " not in record.getMessage()
+
+
 def multiply_fast(trainer: Trainer) -> None:
     """In mixed precision let a GPU multiply in TF32 what stays fp32, such as a memory's own maths.
 
@@ -202,13 +217,17 @@ def main(args: list[str] | None = None) -> Path:
     Raises:
         UserError: no recipe is given, or something in it cannot be used.
     """
+    without_tips()
     cli = FitCLI(
         MoshiTTT,
         ConversationData,
         args=args,
         run=False,
         auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
+        trainer_defaults={
+            "callbacks": [LearningRateMonitor("step"), Pace()],
+            "enable_model_summary": False,  # the module says by itself how much trains
+        },
         save_config_callback=SaveConfigLate,
         save_config_kwargs={"overwrite": True},
     )
@@ -230,7 +249,7 @@ def main(args: list[str] | None = None) -> Path:
     if (report := cli.run_folder / "report.html").exists():
         latest = find_evaluations(cli.run_folder)[-1]
         lines = ["", *headline(latest, latest.trace()), *lines, f"report:      {report}"]
-    lines.append(f"TensorBoard: tensorboard --logdir {cli.run_folder}")
+    lines.append(f"TensorBoard: tensorboard --logdir {cli.run_folder.parent}")
     if torch.cuda.is_available():
         lines.append(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")
     cli.trainer.print("\n".join(lines))

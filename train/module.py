@@ -152,9 +152,6 @@ class MoshiTTT(LightningModule):
             choose_checkpointing(self, self.trainer)
         counts = parameter_counts(self.lm, self._groups)
         self.print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
-        if self.logger is not None:
-            tags = {f"parameters/{name}": float(count) for name, count in counts.items()}
-            self.logger.log_metrics(tags, step=self.global_step)
         self._silent_groups = set(self._groups)
 
     @cached_property
@@ -182,7 +179,7 @@ class MoshiTTT(LightningModule):
         if predicted is not None and not any(predicted):  # left out, it would stay what it was
             values["train/audio_loss"] = torch.full_like(audio_loss, torch.nan)
         if teacher is not None:
-            values["train/divergence"] = divergence(output, teacher, self.distillation.streams)
+            values["train/divergence"] = divergence(output, teacher, self.distillation.groups)
             loss = loss + self.distillation.weight * values["train/divergence"]
         if stats:
             penalty = magnitude_penalty(stats, config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+INSIST_SEC = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Ctrl-C; what clusters send; a lost terminal; what SLURM sends ahead of time when asked to."""
 
@@ -38,12 +41,14 @@ class StopOnSignal(Callback):
 
     An optimizer step that began is finished, with all batches that it accumulates. Preparing data
     and evaluations change nothing that is kept, so that they are left at once. A second signal
-    does not wait.
+    does not wait. Python drops what is raised in a finalizer, so that a signal that has not ended
+    the run a second later is sent again.
     """
 
     def __init__(self) -> None:
         self._asked: int | None = None
         self._training = False
+        self._insisting: threading.Timer | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -53,6 +58,7 @@ class StopOnSignal(Callback):
         try:
             yield
         finally:
+            self._heard()
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
@@ -63,7 +69,21 @@ class StopOnSignal(Callback):
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         again, self._asked = self._asked is not None, signum
         if again or not self._training:
+            self._heard()
+            self._insisting = threading.Timer(INSIST_SEC, os.kill, (os.getpid(), signum))
+            self._insisting.daemon = True
+            self._insisting.start()
             raise Stopped(signum, whole=not self._training)
+
+    def _heard(self) -> None:
+        if self._insisting is not None:
+            self._insisting.cancel()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The run ends, and may take its time to."""
+        self._heard()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning put a handler of its own before ours meanwhile."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.errors import check_fields
+from moshi_ttt.errors import check_bounds, check_fields
 from moshi_ttt.generation.chunks import Chunks
 
 STEPS_PAST_2C = 150
@@ -53,13 +53,17 @@ class LongRunConfig:
     are read on, text alone."""
     nll_recordings: int = 12
     """Held-out recordings that are read teacher-forced, the first ones of their manifest."""
-    audio_streams: int = 1
+    context_sec: tuple[float, ...] = (10.0, 100.0)
+    """Seconds of recordings that are read before the same 5 s, whose loss is compared; none:
+    `[]`."""
+    audio_streams: int = 4
     """Generated streams that are decoded to stereo audio (left Moshi, right user)."""
     quality_window_sec: float = 5.0
     """Seconds before and after each critical position that text and sound are compared in."""
-    log_interval_steps: int = 0
-    """Steps between two lines of a text log while it runs; critical positions and turns of the
-    ring have lines as well. 0 logs nothing."""
+    log_interval: int | str = 0
+    """How often a text log has a line while it runs: every 100 steps (100), 8 seconds (8s) or 800
+    legacy tokens (800tokens); critical positions and turns of the ring have lines as well. 0 logs
+    nothing."""
     attention_layers: tuple[int, ...] = ()
     """Layers whose attention on the first key, on the first four positions and on the oldest
     quarter of the ring is computed again now and then; none by default."""
@@ -72,10 +76,13 @@ class LongRunConfig:
         check_fields(self, "temperature", "text_temperature", above=0)
         check_fields(self, "seconds", "nll_sec", "nll_window_sec", above=0)
         check_fields(self, "quality_window_sec", above=0)
+        for seconds in self.context_sec:
+            check_bounds("context_sec", seconds, above=0)
+        Clock().interval("log_interval", self.log_interval)  # the form is no matter of the clock
         check_fields(self, "reprompt_sec", above=0)
         remedy = "a chunk adds something to what is read again in it; lower reprompt_sec"
         check_fields(self, "chunk_sec", above=self.reprompt_sec, remedy=remedy)
-        check_fields(self, "prompt_sec", "audio_streams", "log_interval_steps", least=0)
+        check_fields(self, "prompt_sec", "audio_streams", least=0)
 
     @property
     def said(self) -> str:

@@ -51,7 +51,9 @@ def _text(key: str, value: Any) -> str | None:
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        return f"{value:.2f}" if key == "seconds" else f"{value:.4g}"
+        if key == "seconds" or key.endswith("_sec"):
+            return f"{value:.2f}"
+        return str(int(value)) if value.is_integer() else f"{value:.4g}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ",".join(_text(key, one) or "nan" for one in value)
     return str(value).replace(" ", "_")
@@ -114,6 +116,7 @@ class ConsoleLog(Observer):
             block,
             at=step - first,
             ring=temporal[0],
+            clock=self._clock,
             names=names,
         )
         texts = [text_measures(row[row >= 0], self._padding) for row in block["text_input"]]

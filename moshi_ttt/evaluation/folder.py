@@ -3,13 +3,16 @@
     traces.npz                  every field of the `Trace`
     events.jsonl                rings, critical positions and jumps, one event a line
     nll.json                    teacher-forced loss by position, what `read_teacher_forced` gives
+    contexts.json               loss of the same seconds behind contexts, what
+                                `ContextSweep.record` gives, if recordings were long enough
     quality.json                text and sound around the positions, what `listening.listen` gives,
                                 and at seams, if it was generated in chunks, `seam_measures`
     segments.json               what of it went bad, and why, what `monitor.flag` gives
     probes.json                 recall of planted facts by memory and group, what `recall_record`
                                 gives of each, if the recordings held any
+    transcripts.json            what each stream said, word by word: [second, word]
     audio/stream_00.wav         a whole stream: left Moshi, right the user
-    audio/stream_00_at_2C.wav   what is heard of it around one position
+    audio/stream_00_at_2C.wav   what is heard of the first one around one position
     summary.json                what was run and what was found, with every scalar
 
 `summary.json` is written last: a folder that has it is complete. What is undefined is null. A run
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,12 +38,14 @@ from moshi_ttt.diagnosis.jumps import Jump
 from moshi_ttt.diagnosis.listening import cut_outs
 from moshi_ttt.errors import UserError
 from moshi_ttt.evaluation.judge import Judgement
+from moshi_ttt.evaluation.transcript import Spoken
 from moshi_ttt.files import write_atomic, write_json
 from moshi_ttt.instruments.events import generation_events, write_events
 from moshi_ttt.instruments.trace import Trace
 
 EVENTS, NLL, QUALITY = "events.jsonl", "nll.json", "quality.json"
-SEGMENTS, PROBES, AUDIO, SUMMARY = "segments.json", "probes.json", "audio", "summary.json"
+SEGMENTS, PROBES, CONTEXTS = "segments.json", "probes.json", "contexts.json"
+TRANSCRIPTS, AUDIO, SUMMARY = "transcripts.json", "audio", "summary.json"
 CONFIG = "config.yaml"
 """The settings, in the folder of a run or of scripts/evaluate.py."""
 CUT = "_at_"  # between the name of a stream and that of a position
@@ -48,7 +54,14 @@ logger = logging.getLogger(__name__)
 
 
 def write_folder(
-    folder: Path, trace: Trace, judged: Judgement, sound: Sequence[np.ndarray], wall_sec: float
+    folder: Path,
+    trace: Trace,
+    judged: Judgement,
+    sound: Sequence[np.ndarray],
+    wall_sec: float,
+    *,
+    transcripts: Sequence[Spoken] = (),
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Write all of it; what an earlier evaluation left is removed, its summary first.
 
@@ -58,6 +71,8 @@ def write_folder(
         judged: what was found in it.
         sound: the first streams, [samples, 2] each; none if the codes have no sound.
         wall_sec: time that all of it took.
+        transcripts: words of every stream.
+        about: what else a reader wants to know, by what it is about.
     """
     (folder / SUMMARY).unlink(missing_ok=True)  # from here on the folder is not complete
     _write_audio(folder / AUDIO, sound, judged.quality, trace.clock)
@@ -68,9 +83,11 @@ def write_folder(
     write_json(folder / NLL, judged.read.nll)
     write_json(folder / QUALITY, judged.quality)
     write_json(folder / SEGMENTS, judged.segments)
-    (folder / PROBES).unlink(missing_ok=True)
-    if judged.read.recall is not None:
-        write_json(folder / PROBES, judged.read.recall)
+    for name, found in ((PROBES, judged.read.recall), (CONTEXTS, judged.read.contexts)):
+        (folder / name).unlink(missing_ok=True)
+        if found is not None:
+            write_json(folder / name, found)
+    write_json(folder / TRANSCRIPTS, {"streams": transcripts})
     write_json(
         folder / SUMMARY,
         {
@@ -80,7 +97,9 @@ def write_folder(
             "seconds": trace.clock.seconds(trace.steps),
             "legacy_tokens": trace.clock.legacy_tokens(trace.steps),
             "streams": trace.streams,
+            "about": about or {},
             "wall_sec": wall_sec,
+            "ended_unix_sec": time.time(),
             "steps_per_sec": judged.scalars["longgen/steps_per_sec"],
             "jumps": [jump.record(trace.clock) for jump in judged.jumps],
             "rings": [ring.record() for ring in trace.rings],
@@ -97,7 +116,8 @@ def _write_audio(
         stale.unlink()
     for row, wav in enumerate(sound):
         name = f"stream_{row:02d}"
-        cuts = cut_outs(quality, wav, clock.samples_per_step)
+        # around the positions the first is enough: the others are heard there too
+        cuts = {} if row else cut_outs(quality, wav, clock.samples_per_step)
         files = {name: wav} | {f"{name}{CUT}{place}": cut for place, cut in cuts.items()}
         for stem, samples in files.items():
             write_wav(folder / f"{stem}.wav", samples, clock.sample_rate)
@@ -168,6 +188,11 @@ class Evaluation:
         return None
 
     @property
+    def contexts(self) -> dict[str, Any] | None:
+        """Content of `contexts.json`; None if it was not measured."""
+        return self._content(CONTEXTS)
+
+    @property
     def events(self) -> list[dict[str, Any]]:
         """Lines of `events.jsonl`."""
         path = self.folder / EVENTS
@@ -189,6 +214,12 @@ class Evaluation:
     def audio(self) -> list[Path]:
         """Generated sound files of whole streams, by name."""
         return [path for path in self._sounds() if CUT not in path.stem]
+
+    @property
+    def transcripts(self) -> list[Spoken]:
+        """Words of every stream, [second, word] each; empty if they were not written down."""
+        found = self._content(TRANSCRIPTS)
+        return [] if found is None else found["streams"]
 
     @property
     def cuts(self) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,12 @@ from moshi_ttt.data.codes import encode_recording
 from moshi_ttt.diagnosis.listening import decode
 from moshi_ttt.errors import check_setting
 from moshi_ttt.evaluation.config import LongRunConfig
+from moshi_ttt.evaluation.transcript import Spoken, spoken_lines
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.generation.observer import EachStep
 from moshi_ttt.model.source import ModelSource
 from moshi_ttt.progress import progress
 from moshi_ttt.rows import TEXT_ROW, Rows
-
-PAUSE_SEC = 1.0  # a longer one begins a new line of the transcript
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +28,7 @@ class Reply:
 
     sound: np.ndarray
     """Left Moshi, right the user: [samples, 2] at the codec's rate."""
-    lines: list[tuple[float, str]]
+    lines: Spoken
     """What Moshi said in text, each stretch with the second at which it begins."""
 
     def transcript(self) -> str:
@@ -74,18 +72,4 @@ def reply(lm: LMModel, source: ModelSource, path: Path, config: LongRunConfig) -
     said = decode(codec, tokens[None, rows.own].numpy())[0]
     length = min(len(said), len(heard))
     sound = np.stack([said[:length], heard[:length].numpy()], axis=1)
-    return Reply(sound, list(_lines(tokens[TEXT_ROW].tolist(), source)))
-
-
-def _lines(tokens: Sequence[int], source: ModelSource) -> Iterator[tuple[float, str]]:
-    """Stretches of words without a long pause."""
-    clock, tokenizer = source.clock, source.tokenizer()
-    silent = (source.text_padding_id, source.end_of_text_padding_id)
-    spoken = [step for step, token in enumerate(tokens) if token not in silent]
-    first = 0
-    for number, step in enumerate(spoken, 1):
-        ends = number == len(spoken) or clock.seconds(spoken[number] - step) > PAUSE_SEC
-        if ends:
-            text = tokenizer.decode([tokens[one] for one in spoken[first:number]])
-            yield clock.seconds(spoken[first]), text
-            first = number
+    return Reply(sound, spoken_lines(tokens[TEXT_ROW].tolist(), source))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump, finite_median, ratios_at
+from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump, finite_mean, finite_median, ratios_at
 from moshi_ttt.diagnosis.listening import place_tag
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.rows import GROUPS
@@ -37,11 +36,17 @@ def evaluation_scalars(
         steps_per_sec: speed of the generation.
     """
     scalars = position_summary(trace, jumps) | nll_scalars(read.nll)
+    if read.contexts is not None:
+        scalars |= context_scalars(read.contexts)
     if read.recall is not None:
         window_sec = trace.clock.seconds(trace.context_steps)
         scalars |= recall_scalars(read.recall, window_sec)
     shares = {f"longgen/flagged/{reason}": one for reason, one in segments["shares"].items()}
-    return scalars | quality_scalars(quality) | shares | {"longgen/steps_per_sec": steps_per_sec}
+    speed = {
+        "longgen/steps_per_sec": steps_per_sec,
+        "longgen/times_real_time": steps_per_sec * trace.clock.step_sec,
+    }
+    return scalars | quality_scalars(quality) | shares | speed
 
 
 def position_summary(
@@ -56,7 +61,6 @@ def position_summary(
         **_growth([jump for jump in jumps if jump.gradual]),
         **_memory(trace, first),
         **_entropies(trace, first, window_steps),
-        **_ring(trace),
     }
 
 
@@ -107,7 +111,7 @@ def _growth(growths: Sequence[Jump]) -> dict[str, float]:
 
 
 def _memory(trace: Trace, first: int) -> dict[str, float]:
-    """What each memory adds, from step `first` on, and its inner updates at the end."""
+    """What each memory adds, from step `first` on; its fast weights at the end."""
     scalars: dict[str, float] = {}
     arrays = {
         "branch_ratio": trace.branch_ratio,
@@ -118,8 +122,12 @@ def _memory(trace: Trace, first: int) -> dict[str, float]:
         for name, array in arrays.items():
             # the part that the model generates by itself
             scalars[f"memory/{name}/layer_{layer:02d}"] = finite_median(array[:, index, first:])
-        updates = trace.inner_updates[:, index, -1]
-        scalars[f"memory/inner_updates/layer_{layer:02d}"] = finite_median(updates)
+        ends = {
+            "fast_weight_norm": trace.fast_weight_norm,
+            "fast_weight_change": trace.fast_weight_change,
+        }
+        for name, array in ends.items():
+            scalars[f"memory/{name}/layer_{layer:02d}"] = finite_median(array[:, index, -1])
     return scalars
 
 
@@ -131,17 +139,6 @@ def _entropies(trace: Trace, first: int, window_steps: int) -> dict[str, float]:
         scalars[f"{tag}/start"] = _level(entropy, first, window_steps)
         scalars[f"{tag}/end"] = _level(entropy, trace.steps - window_steps, window_steps)
     return scalars
-
-
-def _ring(trace: Trace) -> dict[str, float]:
-    """What the temporal rings have lost at the end."""
-    written = trace.ring_end_offset[..., -1]
-    written = written[np.isfinite(written)]
-    if not written.size:
-        return {"cache/evicted_steps": math.nan, "cache/wraps": math.nan}
-    temporal = next(ring for ring in trace.rings if ring.role == "temporal")
-    ring = dataclasses.replace(temporal, end_offset=int(written.max()))
-    return {"cache/evicted_steps": float(ring.evicted_steps), "cache/wraps": float(ring.wraps)}
 
 
 def nll_scalars(nll: Mapping[str, Any]) -> dict[str, float]:
@@ -161,13 +158,27 @@ def nll_scalars(nll: Mapping[str, Any]) -> dict[str, float]:
     return scalars
 
 
+def context_scalars(contexts: Mapping[str, Any]) -> dict[str, float]:
+    """Loss behind each context, nats; mean over the stretches that have such tokens.
+
+    Args:
+        contexts: content of `contexts.json`.
+    """
+    return {
+        f"longgen/nll/{group}/behind_{seconds:g}s": finite_mean(np.array(contexts[group])[:, at])
+        for group in GROUPS
+        for at, seconds in enumerate(contexts["context_sec"])
+    }
+
+
 def quality_scalars(quality: Mapping[str, Any]) -> dict[str, float]:
     """Scalars of `quality.json` by TensorBoard tag."""
     scalars = {f"longgen/quality/{name}/whole": value for name, value in quality["whole"].items()}
     for position in quality["positions"]:
         for name, measure in position["measures"].items():
-            for place in map(place_tag, position["names"]):
-                scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
+            # one place may have several names; each would be the same curve again
+            place = place_tag(position["names"][0])
+            scalars[f"longgen/quality/{name}/change_at_{place}"] = measure["change"]
     for name, measure in quality.get("seams", {"measures": {}})["measures"].items():
         scalars[f"longgen/seam/{name}/change"] = measure["change"]
     return scalars

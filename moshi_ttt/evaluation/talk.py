@@ -61,14 +61,15 @@ class Talk:
         """Moshi's side of every stream, which the model reads again to tell its surprise.
 
         Args:
-            lm: model under test, in eval mode.
+            lm: model under test; handed back unchanged.
             sound: what `sound` gave; None if the codes have none.
         """
         trace, steps = self.trace, self.trace.codes.shape[-1]
         said = np.concatenate([trace.text_tokens[:, None], trace.codes], axis=1)
         codes = torch.cat([torch.from_numpy(said), self.user[..., :steps]], dim=1)
         sounds = [None] * len(codes) if sound is None else sound
-        return [speech_of(lm, *pair) for pair in zip(codes, sounds, strict=True)]
+        with borrowed(lm, seed=0):  # reading draws no random numbers
+            return [speech_of(lm, *pair) for pair in zip(codes, sounds, strict=True)]
 
 
 def speech_of(lm: LMModel, codes: Tensor, sound: np.ndarray | None) -> Speech:
@@ -180,11 +181,10 @@ def _generate(
             watch = AttentionWatch(list(config.attention_layers), config.attention_every_steps)
         recorder = Recorder(lm, streams, steps, watch)
         observers: list[Observer] = [recorder, EachStep(lambda _: bar.update())]
-        if config.log_interval_steps:
-            interval_steps, write = config.log_interval_steps, bar.write
+        if interval_steps := facts["clock"].interval("log_interval", config.log_interval):
             observers.append(
                 ConsoleLog(
-                    recorder, steps=steps, interval_steps=interval_steps, write=write, **facts
+                    recorder, steps=steps, interval_steps=interval_steps, write=bar.write, **facts
                 )
             )
         started_sec = time.monotonic()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -12,6 +14,8 @@ from torch import Tensor
 from moshi_ttt.generation.chunks import Chunks, Seams
 from moshi_ttt.generation.observer import Observer
 from moshi_ttt.rows import TEXT_ROW, Rows
+
+logger = logging.getLogger(__name__)
 
 _SMALL_DIM = 1024  # of a model whose step is too short to be shared among cores
 
@@ -51,10 +55,19 @@ def fitting_threads(lm: LMModel) -> Iterator[None]:
     threads = torch.get_num_threads()
     if lm.device.type == "cpu" and lm.dim < _SMALL_DIM:
         torch.set_num_threads(1)
+        _say_one_thread(threads)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@functools.cache
+def _say_one_thread(threads: int) -> None:
+    if threads > 1:
+        logger.info(
+            "generating with one thread of %d, which is faster for a model this small", threads
+        )
 
 
 def generate(

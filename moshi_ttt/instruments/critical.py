@@ -62,7 +62,8 @@ POSITIONS: tuple[Position, ...] = (
     _ring(
         1,
         0,
-        "the attention ring is full: from here on each new step overwrites the oldest one",
+        "the attention ring is full: from here on each new step overwrites the oldest one, unless "
+        "older keys are thinned out or attention begins afresh in between",
         structural=True,
     ),
     _ring(1, 1, _AFTER),

@@ -24,7 +24,14 @@ from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.rings import CacheSnapshot
 
 PER_LAYER = ("input_norm", "attention_norm", "ffn_norm", "input_max", "input_max_channel")
-PER_MEMORY = ("branch_ratio", "branch_norm", "fast_weight_norm", "write_gate", "forgetting")
+PER_MEMORY = (
+    "branch_ratio",
+    "branch_norm",
+    "fast_weight_norm",
+    "fast_weight_distance",
+    "write_gate",
+    "forgetting",
+)
 PER_STEP = ("text_entropy", "audio_entropy")
 Values = Mapping[str, Any]
 """Arrays by the names of `Trace`, [S, rows, steps] and [S, steps]; `step_ms` [steps]."""
@@ -42,6 +49,7 @@ def cache_events(rings: Sequence[CacheSnapshot], clock: Clock) -> list[Event]:
     events = []
     for alike in groups.values():
         ring = alike[0]
+        first = dataclasses.replace(ring, end_offset=0)
         steps = None if ring.role == "depformer" else ring.capacity / ring.positions_per_step
         detail = {
             "role": ring.role,
@@ -51,13 +59,44 @@ def cache_events(rings: Sequence[CacheSnapshot], clock: Clock) -> list[Event]:
             "sinks": ring.sinks,
             "thinning": ring.thinning,
             "rings": len(alike),
+            "batch": ring.batch,
             "heads": ring.heads,
             "head_dim": ring.head_dim,
+            "exec_mask": ring.exec_mask,
             "size_bytes": sum(one.size_bytes for one in alike),
+            **({} if steps is None else _next_turn(first, -1, clock)),
             "modules": [one.module for one in alike],
         }
         events.append(Event("cache_created", 0, detail))
     return events
+
+
+def _next_turn(ring: CacheSnapshot, step: int, clock: Clock) -> dict[str, Any]:
+    """When writing goes back to the first slot again, by all clocks.
+
+    Args:
+        ring: as it stands after `step`, at which it may be younger than the run.
+        step: of the run.
+        clock: of the run.
+    """
+    turn = step + 1 + (ring.next_turn - ring.end_offset) / ring.positions_per_step
+    return {
+        "next_turn_step": turn,
+        "next_turn_sec": clock.seconds(turn),
+        "next_turn_legacy_token": clock.legacy_tokens(turn),
+    }
+
+
+def _place(ring: CacheSnapshot, step: int, clock: Clock) -> dict[str, Any]:
+    """Where a temporal ring stands after a step: what it wrote, holds and has lost."""
+    return {
+        "end_offset": ring.end_offset,
+        "turn": ring.wraps,
+        "slot": ring.slot,
+        "held_positions": ring.valid_positions,
+        "lost_steps": ring.evicted_steps,
+        **_next_turn(ring, step, clock),
+    }
 
 
 def turn_events(
@@ -94,15 +133,13 @@ def turn_events(
     for (step, turn), modules in sorted(moved.items()):
         ring = next(ring for ring in rings if ring.module == modules[0])
         first, stride, size = ring.kept.levels[0]
-        lost = dataclasses.replace(ring, end_offset=first + turn * stride * size + 1).evicted_steps
-        detail = {
-            "turn": turn,
-            "lost_steps": lost,
-            "lost_sec": clock.seconds(lost),
-            "lost_legacy_tokens": clock.legacy_tokens(lost),
-            "modules": modules,
+        ring = dataclasses.replace(ring, end_offset=first + turn * stride * size + 1)
+        place = _place(ring, step, clock)
+        lost = {
+            "lost_sec": clock.seconds(place["lost_steps"]),
+            "lost_legacy_tokens": clock.legacy_tokens(place["lost_steps"]),
         }
-        events.append(Event("ring_turn", step, detail))
+        events.append(Event("ring_turn", step, place | lost | {"modules": modules}))
     return events
 
 
@@ -113,6 +150,7 @@ def position_event(
     *,
     at: int,
     ring: CacheSnapshot,
+    clock: Clock,
     names: Sequence[str] = (),
 ) -> Event:
     """What was measured at one step: medians over streams, the largest over layers.
@@ -123,6 +161,7 @@ def position_event(
         values: a trace's or a block's arrays.
         at: index of the step in `values`.
         ring: a temporal ring, for its capacity and sinks.
+        clock: of the run.
         names: of the position.
     """
     layers = {
@@ -145,8 +184,8 @@ def position_event(
     detail |= {name: _middle(layers[name]) for name in PER_MEMORY if name in layers}
     detail |= {name: _middle(values[name][:, at]) for name in PER_STEP}
     detail["step_ms"] = float(values["step_ms"][at])
-    ring = dataclasses.replace(ring, end_offset=int(values["ring_end_offset"][0, 0, at]))
-    detail |= {"lost_steps": ring.evicted_steps, "turn": ring.wraps}
+    end_offset = int(values["ring_end_offset"][0, 0, at])
+    detail |= _place(dataclasses.replace(ring, end_offset=end_offset), step, clock)
     detail["layers"] = {name: value.tolist() for name, value in layers.items()}
     return Event(kind, step, detail)
 
@@ -162,7 +201,15 @@ def generation_events(trace: Trace) -> list[Event]:
     # every stream runs in step with the first one
     events += turn_events(trace.ring_end_offset[0], temporal, trace.clock)
     events += [
-        position_event("critical_position", step, values, at=step, ring=temporal[0], names=names)
+        position_event(
+            "critical_position",
+            step,
+            values,
+            at=step,
+            ring=temporal[0],
+            clock=trace.clock,
+            names=names,
+        )
         for step, names in by_step(critical_steps(trace.lengths)).items()
     ]
     return sorted(events, key=lambda event: event.step)

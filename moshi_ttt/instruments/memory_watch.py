@@ -39,8 +39,8 @@ class MemoryWatch:
         buffers.add(count, "branch_residual_norm", "write_gate", "forgetting")
         buffers.add(count, "inner_updates", dtype=torch.long)
         looks = -(-max_steps // FAST_WEIGHT_STRIDE)
-        empty = torch.full((looks, batch_size, count), float("nan"), device=lm.device)
-        self._fast_weight_norm = empty
+        # norm of the fast weights, and their distance from where they began
+        self._looks = torch.full((looks, 2, batch_size, count), float("nan"), device=lm.device)
         self._gate_rms = torch.full((count,), float("nan"), device=lm.device)
         self._begun = 0
         self._pieces: list[Pieces] = []
@@ -105,8 +105,8 @@ class MemoryWatch:
     def after_step(self, step: int) -> None:
         """Called between steps: looks at the fast weights if it is time to."""
         if self and step % FAST_WEIGHT_STRIDE == 0:
-            norms = [_fast_weight_norm(layer) for layer in self._hybrids.values()]
-            self._fast_weight_norm[step // FAST_WEIGHT_STRIDE] = torch.stack(norms, dim=1)
+            looks = [_look(layer) for layer in self._hybrids.values()]
+            self._looks[step // FAST_WEIGHT_STRIDE] = torch.stack(looks, dim=-1)
 
     def begin_again(self, step: int) -> None:
         """Called when the memories have begun afresh with a step."""
@@ -139,8 +139,9 @@ class MemoryWatch:
             rows["branch_ratio"] = rows["branch_norm"] / residual
         rows["gate"] = np.empty_like(rows["branch_norm"])
         rows["gate"][:] = self._gate_rms.cpu().numpy()[:, None]
-        looks = self._fast_weight_norm.permute(1, 2, 0).cpu().numpy()
-        rows["fast_weight_norm"] = looks[..., np.arange(first, stop) // FAST_WEIGHT_STRIDE]
+        looks = self._looks.permute(1, 2, 3, 0).cpu().numpy()
+        held = looks[..., np.arange(first, stop) // FAST_WEIGHT_STRIDE]
+        rows["fast_weight_norm"], rows["fast_weight_distance"] = held
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -149,12 +150,15 @@ def l2_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
 
-def _fast_weight_norm(layer: HybridLayer) -> Tensor:
-    """L2 norm of all fast weights of a memory, [B]; sums within a mini-batch are none."""
-    memory = layer.branch.get_streaming_state()[""].memory
+def _look(layer: HybridLayer) -> Tensor:
+    """L2 norm of all fast weights of a memory, and of what parts them from their start, [2, B].
+
+    Sums within a mini-batch are no fast weights.
+    """
+    state = layer.branch.get_streaming_state()[""]
     norms = [
-        torch.linalg.vector_norm(value.flatten(1), dim=1)
-        for name, value in memory.items()
+        torch.stack([l2_norm(one.flatten(1)) for one in (value, value - state.start[name])])
+        for name, value in state.memory.items()
         if value.is_floating_point() and not name.startswith("step_")
     ]
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)

@@ -86,6 +86,8 @@ class Trace:
     """Inner updates so far, as the rule counts them."""
     fast_weight_norm: PerMemory
     """L2 norm of all fast weights, held between looks."""
+    fast_weight_distance: PerMemory
+    """L2 norm of what parts them from where they began, held between looks."""
     write_gate: PerMemory
     """How strongly the step is written, 0..1, mean over heads."""
     forgetting: PerMemory
@@ -123,6 +125,15 @@ class Trace:
     def input_rms(self) -> np.ndarray:
         """Root mean square of each layer's input over channels, [S, L, T]."""
         return self.input_norm / np.sqrt(self.channels)
+
+    @property
+    def fast_weight_change(self) -> np.ndarray:
+        """`fast_weight_distance` over `fast_weight_norm`, [S, M, T]: 0 as they began.
+
+        It is 1 where they began at 0, and NaN while they are 0.
+        """
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.fast_weight_distance / self.fast_weight_norm
 
     @property
     def steps(self) -> int:

@@ -24,6 +24,7 @@ __all__ = [
     "MemoryState",
     "build_rule",
     "resolve_layers",
+    "rule_name",
     "run_reference",
 ]
 
@@ -44,6 +45,11 @@ _ROOMS = {
 def build_rule(config: MemoryConfig, dim: int) -> MemoryRule:
     """The rule that the fitted `config` names, for inputs of `dim` channels."""
     return _ROOMS[config.rule].rule(dim, config)
+
+
+def rule_name(rule: MemoryRule) -> str:
+    """What a rule is called in configs."""
+    return next(name for name, room in _ROOMS.items() if room.rule is type(rule))
 
 
 def run_reference(rule: MemoryRule, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:

@@ -71,9 +71,7 @@ class ParallelAttention(StreamingMultiheadAttention):
             attended: Tensor = super().forward(query, key, value)
             return attended
         q, k, v = self._projected(query)
-        far = (
-            self._far(q, k) if self.context is not None and self._bounds(self.kept, steps) else None
-        )
+        far = self._far(q, k) if self._bounds(steps) else None
         if self.rope:
             start = torch.zeros(rows, device=query.device, dtype=torch.long)
             q, k = self.rope(q, k, start, time_before_heads=False)
@@ -156,10 +154,12 @@ class ParallelAttention(StreamingMultiheadAttention):
         assert self.context is not None
         return Kept(self.context, self.sinks, self.thinning)
 
-    def _bounds(self, kept: Kept, steps: int) -> bool:
+    def _bounds(self, steps: int) -> bool:
         """Whether one of T steps sees a key from further away than keys may seem."""
         most = self.farthest_steps
-        return most is not None and most + 1 < steps and bool(kept.sinks or kept.further(most))
+        if most is None or self.context is None or most + 1 >= steps:
+            return False
+        return bool(self.sinks or self.kept.further(most))
 
     def _far(self, q: Tensor, k: Tensor) -> Far:
         """Queries and keys, both before their rotation, as if they were as far apart as may be."""

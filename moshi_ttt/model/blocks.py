@@ -91,7 +91,8 @@ class _Blocks:
         return self._keys(self._filled(x), levels)
 
     def _filled(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, len(self._position) - x.shape[2]))
+        missing = len(self._position) - x.shape[2]
+        return F.pad(x, (0, 0, 0, missing)) if missing else x  # by nothing, it would be copied
 
     def _keys(self, x: Tensor, levels: Sequence[Level]) -> Tensor:
         sinks = x[:, :, None, : self._kept.sinks]

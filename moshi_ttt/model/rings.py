@@ -27,8 +27,9 @@ def snapshot(name: str, ring: Any, end_offset: int, positions_per_step: int = 1)
 
     Args:
         name: path of the attention that owns it.
-        ring: a `RingKVCache`, or one with the same `cache` [2, B, H, slots, Dh] and `capacity`;
-            what it keeps besides, `sinks` and `thinning`, it has as attributes.
+        ring: a `RingKVCache`, or one with the same `cache` [2, B, H, slots, Dh], `capacity` and
+            `respect_exec_mask`; what it keeps besides, `sinks` and `thinning`, it has as
+            attributes.
         end_offset: positions written since reset.
         positions_per_step: 2 for Mimi's transformers, which run at 25 Hz; 4 for the tiny codec's.
     """
@@ -40,6 +41,8 @@ def snapshot(name: str, ring: Any, end_offset: int, positions_per_step: int = 1)
         heads=0 if cache is None else cache.shape[2],
         head_dim=0 if cache is None else cache.shape[4],
         size_bytes=0 if cache is None else cache.numel() * cache.element_size(),
+        batch=0 if cache is None else cache.shape[1],
+        exec_mask=getattr(ring, "respect_exec_mask", None),
         sinks=int(getattr(ring, "sinks", 0)),
         thinning=int(getattr(ring, "thinning", 0)),
         positions_per_step=positions_per_step,
@@ -95,6 +98,10 @@ class CacheSnapshot:
     """First positions that are never evicted; 0 in moshi's own rings."""
     positions_per_step: int = 1
     """Positions that one step writes: 2 in Mimi's transformers (25 Hz)."""
+    batch: int = 0
+    """Rows; 0 if unknown."""
+    exec_mask: bool | None = None
+    """Whether each row stands still while it is masked; None if unknown."""
     thinning: int = 0
     """How often older keys are halved; 0 in moshi's own rings."""
 
@@ -120,6 +127,25 @@ class CacheSnapshot:
         """Completed turns of the ring: times a write went back to its first slot."""
         first, stride, size = self.kept.levels[0]
         return max(0, self.end_offset - 1 - first) // (stride * size)
+
+    @property
+    def slot(self) -> int | None:
+        """Where the newest position was written; None while the ring is empty."""
+        newest, before = self.end_offset - 1, self.sinks
+        if newest < self.sinks:
+            return newest if newest >= 0 else None
+        for first, stride, size in self.kept.levels:
+            count, rest = divmod(newest - first, stride)
+            if count >= 0 and rest == 0:
+                return before + count % size
+            before += size
+        raise AssertionError("every position has a level")
+
+    @property
+    def next_turn(self) -> int:
+        """The position that will be the next to go back to the first slot that is no sink's."""
+        first, stride, size = self.kept.levels[0]
+        return first + (self.wraps + 1) * stride * size
 
     @property
     def valid_positions(self) -> tuple[int, int] | None:
@@ -166,4 +192,8 @@ class CacheSnapshot:
             "heads": self.heads,
             "head_dim": self.head_dim,
             "size_bytes": self.size_bytes,
+            "batch": self.batch,
+            "exec_mask": self.exec_mask,
+            "slot": self.slot,
+            "next_turn": self.next_turn,
         }

@@ -43,7 +43,7 @@ class ControlledAttention(AdapterAttention):
     def _init_streaming_state(self, batch_size: int):  # type: ignore[no-untyped-def]
         state = super()._init_streaming_state(batch_size)
         # a bound that a window alone already keeps asks for nothing
-        if self.sinks or self.thinning or self._bounds(self.kept, self.kept.capacity):
+        if self.sinks or self.thinning or self._bounds(self.kept.capacity):
             _, _, heads, _, channels = state.kv_cache.cache.shape
             like = state.kv_cache.cache
             state.kv_cache = KeptRing(

@@ -35,6 +35,8 @@ from moshi_ttt.model.inspection import (
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TINY = "tiny"
+TINY_CLIP_SEC = 20.0
+"""What the bundled model was trained on."""
 RANDOM_7B = "moshi7b-random"
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # training moves every weight: a few blocks tell it
 
@@ -105,6 +107,12 @@ class ModelSource:
         """Time units of the codec."""
         config: dict[str, Any] = self._info.mimi_config or loaders._mimi_config
         return Clock(config["sample_rate"], round(config["sample_rate"] / config["frame_rate"]))
+
+    @property
+    def trained_steps(self) -> int | None:
+        """Clip length of its training in steps; None: unknown, as of all but the bundled one."""
+        bundled = not self.random_lm and self._info.moshi_weights.parent == ASSETS / TINY
+        return self.clock.steps(TINY_CLIP_SEC) if bundled else None
 
     def lm(
         self,

@@ -67,7 +67,7 @@ def open_subject(
     if inner_rate is not None:
         set_inner_rate(subject.lm, inner_rate)
         changes.append(f"inner rate x {inner_rate:g}")
-    if subject.trained_steps is None:
+    if not is_checkpoint(name):
         return replace(subject, label=f"{subject.label} ({', '.join(['vanilla', *changes])})")
     return replace(subject, label=", ".join([subject.label, *changes]))
 
@@ -114,7 +114,8 @@ def _opened(
     lm = source.lm(
         device=device, dtype=getattr(torch, dtype or "float32"), context_steps=context_steps
     )
-    return Subject(lm=lm, source=source, trained_steps=None, label=source.name)
+    steps = source.trained_steps
+    return Subject(lm=lm, source=source, trained_steps=steps, label=source.name)
 
 
 def is_checkpoint(name: str | Path) -> bool:

@@ -63,9 +63,13 @@ def audible_section(quality: Mapping[str, Any], cuts: Sequence[Path]) -> list[st
         "*: the 95 % interval of the change, stream by stream, leaves out 0; by chance about one "
         "in twenty does. The loss is teacher-forced on recordings, one value without an interval."
     )
-    parts = ["<h2>Can it be heard?</h2>", html.bullets(map(audible_finding, positions))]
-    parts += [html.table(header, rows), html.paragraph(note, kind="note")]
-    return parts + [html.player(path, path.stem.replace("_", " ")) for path in cuts]
+    details = [html.table(header, rows), html.paragraph(note, kind="note")]
+    details += [html.player(path, path.stem.replace("_", " ")) for path in cuts]
+    return [
+        "<h3>Can a position be heard?</h3>",
+        html.points(map(audible_finding, positions)),
+        html.folded("Measures and sound around each position", "".join(details)),
+    ]
 
 
 def seam_section(quality: Mapping[str, Any]) -> list[str]:
@@ -82,8 +86,9 @@ def seam_section(quality: Mapping[str, Any]) -> list[str]:
             star = " *" if _changes(one) else ""
             cells = (f"{one[key]:.3g}" if _known(one[key]) else None for key in SEAM_COLUMNS)
             rows.append([label + star, *cells])
+    count = len(seams["steps"])
     note = (
-        f"{len(seams['steps'])} seams in each stream, against other places of the same stream; "
+        f"{count} seam{'s'[: count > 1]} in each stream, against other places of the same stream; "
         f"words in {seams['window_steps']} steps. *: the 95 % interval of the change leaves out 0."
     )
     header = ["measure", "elsewhere", "at seams", "change", "from", "to"]

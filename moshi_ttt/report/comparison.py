@@ -2,58 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
+from moshi_ttt.report.intervals import loss_difference, share_difference
 from moshi_ttt.report.recall import CLASSES
-from moshi_ttt.report.recall_words import percent
 from moshi_ttt.rows import GROUPS
-from moshi_ttt.teacher_forcing.controls import beyond_window
+from moshi_ttt.teacher_forcing.controls import MEMORIES, Share, beyond_window
 
 NOTE = (
-    "Loss in nats a token, over the windows that all of them have; differences from the first, "
-    "with the 95 % interval of their mean over these windows, as if windows were independent. "
-    "Recall: answer words right beyond the longest attention window, with the memory as it was, "
-    "and the 95 % interval."
+    "In brackets: differences from the first, with their 95 % intervals. Recall: answer words "
+    "right beyond the longest attention window, with the memory as it was (kept), emptied before "
+    "each question (reset) and exchanged for another conversation's (other); its intervals are as "
+    "if each had been asked other questions. Loss in nats a token: of the same seconds behind more "
+    "and less of what was said before them, and over the windows of position that all of them have."
 )
+Row = list[str | float | None]
 
 
 def comparison_section(
     evaluations: Mapping[str, Evaluation], traces: Mapping[str, Trace]
 ) -> list[str]:
-    """Warnings, and a table with a row for each evaluation.
+    """Warnings, and a table with a row for each measure and a column for each evaluation.
 
     Args:
         evaluations: by label.
         traces: of the same labels.
     """
-    common, losses = common_losses([one.nll for one in evaluations.values()])
-    window_sec = max(trace.clock.seconds(trace.context_steps) for trace in traces.values())
-    names = [group.replace("_", " ") for group in GROUPS]
-    header = ["evaluation"]
-    kinds = ("", ", difference")[: len(evaluations)]  # one alone differs from nothing
-    if len(common):
-        header += [f"NLL {name}{kind}" for name in names for kind in kinds]
-    pools = [beyond_window(one.recall or {}, window_sec) for one in evaluations.values()]
-    classes = [one for one in CLASSES if any(one in pool for pool in pools)]
-    header += [f"recall, {one}" for one in classes]
-    rows = []
-    for number, (label, pool) in enumerate(zip(evaluations, pools, strict=True)):
-        row: list[str | float | None] = [label]
-        if len(common):
-            for loss in losses.values():
-                row += [float(loss[number].mean()), difference(loss[number], loss[0])][: len(kinds)]
-        rows.append(
-            [*row, *(percent(pool[one]["kept"]) if one in pool else None for one in classes)]
-        )
+    rows = comparison_rows(evaluations, traces)
     warned = [html.paragraph(text, kind="warning") for text in warnings(evaluations, traces)]
-    if len(header) == 1:
+    if not rows:
         return warned
-    return [*warned, html.table(header, rows), html.paragraph(NOTE, kind="note")]
+    table = html.table(["", *evaluations], rows)
+    return [*warned, table, html.paragraph(NOTE, kind="note")]
+
+
+def comparison_rows(
+    evaluations: Mapping[str, Evaluation], traces: Mapping[str, Trace]
+) -> list[Row]:
+    """Name of each measure, and what it is in each evaluation; nothing that was not measured."""
+    window_sec = max(trace.clock.seconds(trace.context_steps) for trace in traces.values())
+    shown = list(evaluations.values())
+    return [*_recall_rows(shown, window_sec), *_context_rows(shown), *_loss_rows(shown)]
+
+
+def comparison_lines(
+    evaluations: Mapping[str, Evaluation], traces: Mapping[str, Trace]
+) -> list[str]:
+    """The rows that matter most, and the warnings, for a console."""
+    rows = comparison_rows(evaluations, traces)
+    told = [row for row in rows if str(row[0]).endswith((", kept", ", text"))]
+    labels = list(evaluations)
+    return [
+        *warnings(evaluations, traces),
+        *(
+            f"{name}: "
+            + "; ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True))
+            for name, *values in told
+        ),
+    ]
+
+
+def _recall_rows(evaluations: Sequence[Evaluation], window_sec: float) -> Iterator[Row]:
+    pools = [beyond_window(one.recall or {}, window_sec) for one in evaluations]
+    for group in CLASSES:
+        for memory in MEMORIES:
+            shares = [pool.get(group, {}).get(memory) for pool in pools]
+            if any(shares):
+                yield [f"recall, {group}, {memory}", *(_share(one, shares[0]) for one in shares)]
+
+
+def _share(share: Share | None, first: Share | None) -> str | None:
+    if share is None:
+        return None
+    low, high = share.interval
+    text = f"{share.share:.0%} [{low:.0%}, {high:.0%}]"
+    if first is None or first is share:
+        return text
+    return f"{text} ({share_difference(share, first)})"
+
+
+def _context_rows(evaluations: Sequence[Evaluation]) -> Iterator[Row]:
+    for name, losses in common_contexts([one.contexts for one in evaluations]).items():
+        yield [name, *_losses(losses)]
+
+
+def _loss_rows(evaluations: Sequence[Evaluation]) -> Iterator[Row]:
+    _, losses = common_losses([one.nll for one in evaluations])
+    for group, loss in losses.items():
+        yield [f"loss by position, {group.replace('_', ' ')}", *_losses(loss)]
+
+
+def _losses(losses: np.ndarray) -> Iterator[str]:
+    """Means of [evaluations, n], with what they differ by from the first."""
+    for number, loss in enumerate(losses):
+        mean = f"{np.nanmean(loss):.3f}" if np.isfinite(loss).any() else "-"
+        yield f"{mean} ({loss_difference(loss, losses[0])})" if number else mean
+
+
+def common_contexts(contexts: Sequence[Mapping[str, Any] | None]) -> dict[str, np.ndarray]:
+    """Losses of the stretches that all of several `contexts.json` have.
+
+    Returns:
+        By name of a row, [evaluations, stretches]; nothing if they have none in common.
+    """
+    known = [one for one in contexts if one is not None]
+    if not known or len(known) < len(contexts):
+        return {}
+    stretches = set.intersection(*(set(one["stretches"]) for one in known))
+    shared = [
+        seconds
+        for seconds in known[0]["context_sec"]
+        if all(seconds in one["context_sec"] for one in known)
+    ]
+    if not stretches or len({one["target_sec"] for one in known}) != 1:
+        return {}
+
+    def losses(one: Mapping[str, Any], group: str, seconds: float) -> list[float | None]:
+        at = one["context_sec"].index(seconds)
+        table = dict(zip(one["stretches"], one[group], strict=True))
+        return [table[stretch][at] for stretch in sorted(stretches)]
+
+    return {
+        f"loss behind {seconds:g} s, {group.replace('_', ' ')}": np.array(
+            [losses(one, group, seconds) for one in known], dtype=float
+        )
+        for group in GROUPS
+        for seconds in shared
+    }
 
 
 def common_losses(
@@ -82,18 +163,6 @@ def common_losses(
     return np.array(common), {group: losses[:, :, row] for row, group in enumerate(GROUPS)}
 
 
-def difference(loss: np.ndarray, reference: np.ndarray) -> str | None:
-    """Mean difference over windows with its interval; None of a thing from itself."""
-    if np.array_equal(loss, reference):
-        return None
-    differences = loss - reference
-    mean = differences.mean()
-    if len(differences) == 1:
-        return f"{mean:+.3f}"
-    half = 1.96 * differences.std(ddof=1) / np.sqrt(len(differences))
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
-
-
 def warnings(evaluations: Mapping[str, Evaluation], traces: Mapping[str, Trace]) -> list[str]:
     """What makes these evaluations hard to compare, in words."""
     found = []
@@ -110,6 +179,9 @@ def warnings(evaluations: Mapping[str, Evaluation], traces: Mapping[str, Trace])
         found.append("Their losses are means over windows of different lengths: not compared.")
     elif len({tuple(nll.get("recordings", ()))[:1] for nll in nlls}) > 1:
         found.append("Their losses are means over different numbers of recordings.")
+    stretches = [set(one["stretches"]) for each in evaluations.values() if (one := each.contexts)]
+    if any(one != stretches[0] for one in stretches):
+        found.append("Their losses behind contexts are of different recordings: what all have.")
     asked = [
         {group: list(one["words"]) for group, one in recall["kept"].items()}
         for evaluation in evaluations.values()

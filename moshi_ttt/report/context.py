@@ -1,12 +1,63 @@
-"""Loss against how far back a model has read, as a figure."""
+"""Loss against how far back a model has read, as a figure and in words."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 from matplotlib.figure import Figure
 
+from moshi_ttt.diagnosis.jumps import finite_mean
+from moshi_ttt.report import html
+from moshi_ttt.report.intervals import loss_difference
 from moshi_ttt.report.style import legend_below, run_colors, styled
 from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.contexts import ContextSweep
+
+LOSSES = {"text": "words", "first_codebook": "the first codebook"}
+"""Rows whose loss is told in words."""
+
+
+def context_line(contexts: Mapping[str, Any] | None) -> str:
+    """What the same seconds cost behind the shortest and the longest context; "" if not known."""
+    if contexts is None or len(contexts["context_sec"]) < 2:
+        return ""
+    near, far = (pick(contexts["context_sec"]) for pick in (min, max))
+    columns = [contexts["context_sec"].index(one) for one in (near, far)]
+    told = []
+    for group, name in LOSSES.items():
+        losses = np.array(contexts[group], dtype=float)[:, columns].T  # None becomes NaN
+        known = losses[:, np.isfinite(losses).all(axis=0)]
+        if known.size:
+            values = " and ".join(f"{one.mean():.2f}" for one in known)
+            told.append(f"{values} for {name} ({loss_difference(known[1], known[0])})")
+    if not told:
+        return ""
+    return (
+        f"Behind {near:g} s and behind {far:g} s of what was said before them, the same seconds of "
+        f"recordings cost {', and '.join(told)} (nats a token; negative: more helps)."
+    )
+
+
+def context_table(contexts: Mapping[str, Any] | None) -> list[str]:
+    """Loss behind each context, and what the longest adds to the shortest, as HTML."""
+    if contexts is None:
+        return []
+    lengths = contexts["context_sec"]
+    near, far = (lengths.index(pick(lengths)) for pick in (min, max))
+    header = ["nats a token", *(f"behind {seconds:g} s" for seconds in lengths), "difference"]
+    rows = []
+    for group in GROUPS:
+        losses = np.array(contexts[group], dtype=float).T  # [contexts, stretches]
+        known = [finite_mean(one) for one in losses]
+        means = [None if mean != mean else f"{mean:.3f}" for mean in known]
+        rows.append([group.replace("_", " "), *means, loss_difference(losses[far], losses[near])])
+    note = (
+        f"The same {contexts['target_sec']:g} s of {len(contexts['stretches'])} stretches of "
+        "held-out recordings; the difference with its 95 % interval over the stretches."
+    )
+    return [html.table(header, rows), html.paragraph(note, kind="note")]
 
 
 @styled

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import soundfile
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from scipy.signal import spectrogram
 
 from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump
 from moshi_ttt.evaluation.folder import Evaluation
@@ -24,6 +21,7 @@ from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report.flagged import flagged_figure
 from moshi_ttt.report.inside import inside_figures
 from moshi_ttt.report.recall import gap_positions, recall_figure
+from moshi_ttt.report.sound import audio_figure
 from moshi_ttt.report.style import (
     COLORS,
     JUMP_COLOR,
@@ -49,8 +47,6 @@ Nll = Mapping[str, Any]
 """Content of `nll.json`: `window_steps`, and the lists `start_step`, `text`, `first_codebook`,
 `other_codebooks` in nats, where None is undefined."""
 
-AUDIO_FLOOR_DB = -80.0
-
 
 def pixels(figure: Figure) -> np.ndarray:
     """The figure as an image, [height, width, 3] uint8."""
@@ -74,9 +70,12 @@ def png_of(picture: np.ndarray) -> bytes:
 
 def evaluation_pictures(evaluation: Evaluation, trace: Trace) -> dict[str, np.ndarray]:
     """Every figure of one evaluation by name, as `pixels` gives it."""
-    audio = next(iter(evaluation.audio), None)
-    found = (evaluation.jumps, evaluation.nll, evaluation.recall, audio, evaluation.segments)
-    figures = evaluation_figures(trace, *found)
+    figures = evaluation_figures(trace, evaluation.jumps, evaluation.nll, evaluation.recall)
+    if evaluation.segments is not None:
+        figures["flagged"] = flagged_figure(evaluation.segments, trace)
+    if evaluation.audio:
+        words = next(iter(evaluation.transcripts), [])
+        figures["audio"] = audio_figure(evaluation.audio[0], trace, words)
     return {name: pixels(figure) for name, figure in figures.items()}
 
 
@@ -85,10 +84,8 @@ def evaluation_figures(
     jumps: Sequence[Jump],
     nll: Nll | None,
     recall: Recalls | None,
-    audio: Path | None,
-    segments: Mapping[str, Any] | None,
 ) -> dict[str, Figure]:
-    """Every figure of one evaluation by name; those without data are left out."""
+    """Every figure of a trace by name; those without data are left out."""
     figures = {"input_norm": norm_figure(trace, jumps), "heat_map": heat_map_figure(trace, jumps)}
     if trace.hybrid_layers:
         figures["memory"] = memory_figure(trace)
@@ -98,10 +95,6 @@ def evaluation_figures(
         figures["nll"] = nll_figure({trace.label: nll}, [trace])
     if recall is not None:
         figures["recall"] = recall_figure(recall, gap_positions(trace))
-    if segments is not None:
-        figures["flagged"] = flagged_figure(segments, trace)
-    if audio is not None:
-        figures["audio"] = audio_figure(audio, trace)
     return figures
 
 
@@ -178,17 +171,15 @@ def heat_map_figure(trace: Trace, jumps: Sequence[Jump]) -> Figure:
 
 @styled
 def memory_figure(trace: Trace) -> Figure:
-    """Branch ratio, gate, raw branch norm and inner updates of the hybrid layers."""
-    figure = Figure(figsize=(10, 6.6))
-    panels = figure.subplots(2, 2, sharex=True)
+    """Branch ratio, and raw branch norm, of the hybrid layers."""
+    figure = Figure(figsize=(10, 5.2))
+    panels = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
     colors = layer_colors(trace.hybrid_layers)
     for axes, (name, array) in zip(
-        panels.flat,
+        panels,
         (
-            ("branch norm / residual norm", trace.branch_ratio),
-            ("gate (RMS over channels)", trace.gate),
-            ("branch norm before the gate", trace.branch_raw_norm),
-            ("inner updates so far", trace.inner_updates),
+            ("branch norm\n/ residual norm", trace.branch_ratio),
+            ("branch norm\nbefore the gate", trace.branch_raw_norm),
         ),
         strict=True,
     ):
@@ -196,13 +187,12 @@ def memory_figure(trace: Trace) -> Figure:
         for layer, curve in zip(trace.hybrid_layers, curves, strict=True):
             axes.plot(curve, color=colors[layer], label=f"layer {layer}")
         axes.set_ylabel(name)
-        first = axes is panels[0, 0]
-        fit_height(axes, np.concatenate(curves), room=0.7 if first else 0.08)
-        mark(axes, trace.critical_steps(), trace.steps, labels=first)
-        top = axes in panels[0]
+        top = axes is panels[0]
+        fit_height(axes, np.concatenate(curves), room=0.7 if top else 0.08)
+        mark(axes, trace.critical_steps(), trace.steps, labels=top)
         position_axis(axes, trace.clock, trace.steps, above=top, below=not top)
-    title(panels[0, 0], "The memory", trace, note_axes=panels[0, 1])
-    legend_below(figure, panels[0, 0])
+    title(panels[0], "What the memory adds", trace)
+    legend_below(figure, panels[0])
     return figure
 
 
@@ -256,45 +246,4 @@ def nll_figure(curves: Mapping[str, Nll], traces: Sequence[Trace]) -> Figure:
     panels[0].set_title("Teacher-forced loss on held-out recordings")
     if len(curves) > 1:
         legend_below(figure, panels[0])
-    return figure
-
-
-@styled
-def audio_figure(path: Path, trace: Trace) -> Figure:
-    """Waveform of every channel, and spectrogram of the first, which is Moshi's own voice."""
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # [samples, channels]
-    figure = Figure(figsize=(10, 4.8))
-    wave, picture = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
-    seconds = len(samples) / rate
-    # the outline only: a line through a million samples is slow and shows the same
-    pieces = np.array_split(samples, min(2000, max(1, len(samples))))
-    at = np.linspace(0, seconds, len(pieces))
-    names = ("Moshi", "user")[: samples.shape[1]]
-    for channel, color in enumerate((COLORS[0], "#f0a860")[: len(names)]):
-        low = [piece[:, channel].min(initial=0.0) for piece in pieces]
-        high = [piece[:, channel].max(initial=0.0) for piece in pieces]
-        wave.fill_between(at, low, high, color=color, alpha=0.8, linewidth=0, label=names[channel])
-    peak = 1.05 * max(0.05, float(np.abs(samples).max(initial=0.0)))
-    wave.set_ylim(-peak, peak)
-    wave.set_ylabel("amplitude")
-    wave.legend(loc="upper right", ncols=2, bbox_to_anchor=(1.0, 1.22))
-    wave.set_title(f"Generated audio, {path.stem}")
-    if len(samples) >= 1024:
-        hertz, times, size = spectrogram(samples[:, 0], rate, nperseg=1024, mode="magnitude")
-        decibels = 20 * np.log10(np.maximum(size, 1e-12))
-        image = picture.imshow(
-            np.maximum(decibels - decibels.max(), AUDIO_FLOOR_DB),
-            aspect="auto",
-            origin="lower",
-            extent=(float(times[0]), float(times[-1]), 0, float(hertz[-1]) / 1000),
-            cmap="magma",
-        )
-        figure.colorbar(image, ax=picture, pad=0.01, label="dB below the peak")
-    picture.grid(False)
-    picture.set_ylabel(f"{names[0]}, frequency (kHz)")
-    picture.set_xlabel("time (s)")
-    picture.set_xlim(0, max(seconds, 1e-3))
-    marks = {name: trace.clock.seconds(step) for name, step in trace.critical_steps().items()}
-    mark(wave, marks, seconds, labels=False)
-    mark(picture, marks, seconds, color="white", paper="black")
     return figure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -54,10 +53,10 @@ def flagged_figure(segments: Mapping[str, Any], trace: Trace) -> Figure:
     return figure
 
 
-def flagged_section(segments: Mapping[str, Any] | None, clock: Clock) -> list[str]:
-    """What was flagged, in a sentence and a table, as HTML; nothing if it was not looked for."""
-    if segments is None or segments["shares"]["any"] is None:
-        return []
+def flagged_section(segments: Mapping[str, Any], clock: Clock) -> list[str]:
+    """What was flagged, in a sentence and a table, as HTML."""
+    if segments["shares"]["any"] is None:
+        return ["<h2>What went bad?</h2>", html.paragraph("The talk is shorter than a window.")]
     rows = [
         [
             one["stream"],
@@ -95,12 +94,11 @@ def flagged_shares(segments: Mapping[str, Any]) -> str:
     return f"{shares['any']:.0%} is flagged" + ": " * bool(reasons) + ", ".join(reasons) + "."
 
 
-def cues(segments: Mapping[str, Any] | None, path: Path) -> list[str]:
+def cues(segments: Mapping[str, Any] | None, stream: int) -> str:
     """When to listen to what in the sound of one stream, as HTML; nothing if all of it is fine."""
-    stream = int(path.stem.removeprefix("stream_"))
     found = [one for one in (segments or {}).get("segments", []) if one["stream"] == stream]
     found.sort(key=lambda one: one["step"])
     spans = [
         f"{one['seconds']:.0f}-{one['end_sec']:.0f} s {REASONS[one['reason']][0]}" for one in found
     ]
-    return [html.paragraph(f"Flagged: {'; '.join(spans)}.", kind="warning")] if spans else []
+    return html.paragraph(f"Flagged: {'; '.join(spans)}.", kind="warning") if spans else ""

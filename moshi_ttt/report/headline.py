@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.diagnosis.jumps import Jump, can_be_searched
+from moshi_ttt.diagnosis.jumps import Jump, can_be_searched, finite_median
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.report.context import LOSSES, context_line
 from moshi_ttt.report.recall import shown_groups
 from moshi_ttt.report.text import loudest_memory, only_reads
 from moshi_ttt.teacher_forcing.controls import (
@@ -32,7 +33,6 @@ VERDICTS = {
     "not shown": "That the memory is used is not shown: without it as much is right.",
     "no memory": "",
 }
-LOSSES = {"text": "words", "first_codebook": "the first codebook"}
 
 
 def headline(evaluation: Evaluation, trace: Trace) -> list[str]:
@@ -41,7 +41,8 @@ def headline(evaluation: Evaluation, trace: Trace) -> list[str]:
     """
     return [
         *_recall(evaluation.recall, trace),
-        *filter(None, (_loss(evaluation.nll, trace.clock), _norms(evaluation.jumps, trace))),
+        *filter(None, (context_line(evaluation.contexts), _loss(evaluation.nll, trace.clock))),
+        _norms(evaluation.jumps, trace),
         *filter(None, (_memory(trace), _speed(evaluation.summary, trace))),
     ]
 
@@ -118,14 +119,22 @@ def _norms(jumps: Sequence[Jump], trace: Trace) -> str:
 
 
 def _memory(trace: Trace) -> str:
-    """How much the memory adds."""
+    """How much the memory adds, and whether its fast weights move."""
     if not trace.hybrid_layers:
         return "There is no memory."
     layer, ratio = loudest_memory(trace)
     if not np.isfinite(ratio):
         return ""
     share = f"{ratio:.1%} of the residual's norm in layer {layer}"
-    return f"The memory adds {share}, where it adds most."
+    change = trace.fast_weight_change[..., -1]
+    moved = change[np.isfinite(change)]
+    if not moved.size:
+        return f"The memory adds {share}, where it adds most."
+    middles = [finite_median(change[:, row]) for row in range(len(trace.hybrid_layers))]
+    far = f"end {np.nanmin(middles):.0%} to {np.nanmax(middles):.0%} of their norm away from"
+    if not moved.any():
+        far = "stay"
+    return f"The memory adds {share}, where it adds most; its fast weights {far} where they began."
 
 
 def _speed(summary: Mapping[str, Any], trace: Trace) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import soundfile
 
+PAUSE_SEC = 2.0  # between the beginnings of two words
 AUDIO_LIMIT_SEC = 180.0  # about 1 MB of Vorbis for each clip
 STYLE = """
 :root { color-scheme: light; }
@@ -32,13 +33,20 @@ th, td { padding: 5px 7px; border-bottom: 1px solid #e4e6e8; vertical-align: top
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 figure { margin: 16px 0 24px; }
-figure img { max-width: 100%; border: 1px solid #e4e6e8; }
+figure img { max-width: 100%; box-sizing: border-box; border: 1px solid #e4e6e8; cursor: zoom-in; }
+figure input { position: absolute; opacity: 0; }
+figure input:checked + img { max-width: none; width: 200%; cursor: zoom-out; }
+figure input:focus-visible + img { outline: 2px solid #1f6fb4; }
 .warning { background: #fff4d6; border-left: 3px solid #c80; padding: 4px 10px; }
 figcaption, .note { color: #555; font-size: 13px; max-width: 860px; }
 audio { width: 100%; max-width: 700px; display: block; margin: 4px 0 2px; }
 pre { background: #f6f7f8; padding: 12px; overflow-x: auto; font-size: 12.5px; line-height: 1.4; }
 code { background: #f0f2f4; padding: 0 3px; border-radius: 3px; font-size: 92%; }
-summary { cursor: pointer; color: #1f6fb4; }
+summary { cursor: pointer; color: #1f6fb4; margin: 6px 0; }
+.words { font-size: 13px; line-height: 1.5; margin: 2px 0 14px; }
+.words span { color: #777; font-variant-numeric: tabular-nums; padding-left: 8px; }
+@media (max-width: 1000px) { main { padding: 18px 16px 40px; } table { font-size: 12px; }
+  th, td { padding: 4px 5px; } }
 dt { font-weight: 600; margin-top: 8px; }
 dd { margin: 0 0 0 20px; max-width: 840px; }
 """
@@ -63,8 +71,12 @@ def paragraph(text: str, *, kind: str = "") -> str:
 
 def bullets(lines: Iterable[str]) -> str:
     """The highlighted list of findings."""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="key"><ul>{items}</ul></div>'
+    return f'<div class="key">{points(lines)}</div>'
+
+
+def points(lines: Iterable[str]) -> str:
+    """A plain list."""
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str | int | float | None]]) -> str:
@@ -103,10 +115,11 @@ def _cell(value: str | int | float | None) -> tuple[str, bool]:
 
 
 def figure(png: bytes, caption: str, alt: str) -> str:
-    """A picture inside the page."""
+    """A picture inside the page, which a click shows twice as large."""
     data = base64.b64encode(png).decode()
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+        '<figure><label class="scroll" style="display: block"><input type="checkbox">'
+        f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}"></label>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -119,6 +132,17 @@ def details(summary: str, text: str) -> str:
 def folded(summary: str, body: str) -> str:
     """HTML behind a fold."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def transcript(words: Sequence[tuple[float, str]]) -> str:
+    """Words with the second of each that follows a pause."""
+    parts, before = [], -PAUSE_SEC
+    for seconds, word in words:
+        if seconds - before >= PAUSE_SEC:
+            parts.append(f"<span>{seconds:.0f} s</span>")
+        parts.append(escape(word))
+        before = seconds
+    return f'<p class="words">{" ".join(parts)}</p>' if parts else ""
 
 
 def player(path: Path, caption: str) -> str:

@@ -24,6 +24,7 @@ from moshi_ttt.report.style import (
 )
 
 PACE_SEC = 10.0  # window of the running text measures
+FROM_ZERO = ("from where they began\n(L2 norm)", "inner updates\nso far")
 
 
 def inside_figures(trace: Trace) -> dict[str, Figure]:
@@ -54,29 +55,37 @@ def contributions_figure(trace: Trace) -> Figure:
 
 @styled
 def fast_weights_figure(trace: Trace) -> Figure:
-    """Norm of the fast weights, write gate and forgetting of the hybrid layers."""
+    """How far the fast weights have come, their norm, and what writes and forgets them."""
     panels = (
+        (FROM_ZERO[0], trace.fast_weight_distance),
         ("fast weights\n(L2 norm)", trace.fast_weight_norm),
         ("write gate", trace.write_gate),
         ("forgetting\n(share a step)", trace.forgetting),
+        (FROM_ZERO[1], trace.inner_updates),
     )
-    return _stacked(trace, "The memory's fast weights", panels, trace.hybrid_layers)
+    # what the data does not change is said in numbers
+    moving = [one for one in panels[1:] if (np.ptp(one[1], axis=-1) > 0).any()]
+    return _stacked(trace, "The memory's fast weights", [panels[0], *moving], trace.hybrid_layers)
 
 
 def _stacked(
     trace: Trace, name: str, panels: Sequence[tuple[str, np.ndarray]], layers: Sequence[int]
 ) -> Figure:
     """Panels [S, rows, T] under each other, one curve for each of `layers`."""
-    figure = Figure(figsize=(10, 7))
+    smaller = [1] * (len(panels) - 1)
+    figure = Figure(figsize=(10, 3.1 + 1.3 * len(panels)))
     colors = layer_colors(layers)
-    axes_of = figure.subplots(len(panels), 1, sharex=True, height_ratios=(1.6, 1, 1))
+    axes_of = np.atleast_1d(
+        figure.subplots(len(panels), 1, sharex=True, height_ratios=(1.6, *smaller))
+    )
     for axes, (label, values) in zip(axes_of, panels, strict=True):
         curves = [middle(values[:, row]) for row in range(len(layers))]
         for layer, curve in zip(layers, curves, strict=True):
             axes.plot(curve, color=colors[layer], linewidth=1.2, label=f"layer {layer}")
         axes.set_ylabel(label)
         top = axes is axes_of[0]
-        fit_height(axes, np.concatenate(curves), room=0.8 if top else 0.12)
+        foot = [0.0] if label in FROM_ZERO else []
+        fit_height(axes, np.concatenate([*curves, foot]), room=0.8 if top else 0.12)
         mark(axes, trace.critical_steps(), trace.steps, labels=top)
         position_axis(axes, trace.clock, trace.steps, above=top, below=axes is axes_of[-1])
     title(axes_of[0], name, trace)

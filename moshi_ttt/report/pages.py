@@ -1,33 +1,38 @@
 """`report.html` of a run, and the comparison of several: one file each, for any browser.
 
-Everything is inside the page: figures as PNG, audio as Ogg Vorbis, no script, no network.
+Everything is inside the page: figures as PNG, audio as Ogg Vorbis, no script, no network. What a
+reader wants to know comes first; what is the same in every run, or for experts, is folded away.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moshi_ttt.clock import Clock
-from moshi_ttt.diagnosis.jumps import ratios_at, spans
 from moshi_ttt.evaluation.folder import CONFIG, Evaluation, find_evaluations, unique_labels
 from moshi_ttt.files import write_bytes
-from moshi_ttt.instruments.critical import WHY
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
 from moshi_ttt.report.audible import audible_section, seam_section
-from moshi_ttt.report.comparison import comparison_section
+from moshi_ttt.report.comparison import comparison_lines, comparison_section
+from moshi_ttt.report.context import context_table
 from moshi_ttt.report.figures import evaluation_pictures, png, png_of
 from moshi_ttt.report.flagged import cues, flagged_section
+from moshi_ttt.report.glance import at_a_glance
 from moshi_ttt.report.headline import headline
 from moshi_ttt.report.overlays import comparison_figures
 from moshi_ttt.report.recall_words import recall_finding, recall_numbers
 from moshi_ttt.report.style import MAX_CURVES
-from moshi_ttt.report.tables import events_table, rings_table
+from moshi_ttt.report.tables import (
+    evaluations_table,
+    events_table,
+    facts_table,
+    positions_table,
+    rings_table,
+)
 from moshi_ttt.report.text import (
     CAPTIONS,
     COMPARISON_CAPTIONS,
@@ -37,7 +42,9 @@ from moshi_ttt.report.text import (
     findings,
 )
 
-PLAYED_CLIPS = 2
+CHANNELS = "Left: Moshi, right: the user. The start is the prompt, a recording."
+Figures = dict[str, str]
+"""HTML by the name of the figure; what has been shown is taken out."""
 
 
 def write_report(
@@ -62,46 +69,37 @@ def write_report(
     shown = _evenly(list(zip(labels, evaluations, strict=True)))
     traces = {label: evaluation.trace() for label, evaluation in shown}
     trace = traces[labels[-1]]
+    figures = _figures(latest, trace, (drawn or {}).get(latest.folder))
     body = [
+        html.paragraph(f"{labels[-1]}. {clock_note(trace.clock)}", kind="lead"),
         html.bullets(headline(latest, trace)),
-        html.paragraph(clock_note(trace.clock), kind="lead"),
-        "<h2>What happened</h2>",
-        html.paragraph(f"The latest evaluation, {labels[-1]}, in plain words:"),
-        html.bullets(_findings(latest, trace)),
-        _positions_table(trace),
-        "<h2>What was run</h2>",
-        _facts_table(latest, trace),
-        *_config(run_folder),
-        "<h2>All evaluations of this run</h2>",
-        *comparison_section(dict(shown), traces),
-        _evaluations_table(labels, evaluations),
-        f"<h2>The latest evaluation: {html.escape(labels[-1])}</h2>",
-        *_evaluation_figures(latest, trace, (drawn or {}).get(latest.folder)),
-        *recall_numbers(latest.recall),
+        html.table((), at_a_glance(run_folder, evaluations, trace)),
+        *_first_sound(latest),
+        *_measured(latest, trace, figures),
+        *_heard(latest, trace, figures),
     ]
     if len(evaluations) > 1:
-        body += ["<h2>Across the evaluations</h2>", *_comparison(traces, dict(shown))]
-    body += [
-        *audible_section(latest.quality, latest.cuts),
-        *seam_section(latest.quality),
-        *flagged_section(latest.segments, trace.clock),
-        *_audio({labels[-1]: latest, labels[0]: evaluations[0]}.items()),
-        "<h2>Attention rings at the end</h2>",
-        rings_table(latest.summary["rings"], trace.clock),
-        "<h2>Events</h2>",
-        events_table(latest.events),
-        *_glossary(evaluations),
-    ]
+        body += [
+            "<h2>All evaluations of this run</h2>",
+            *comparison_section(dict(shown), traces),
+            evaluations_table(labels, evaluations),
+            *_comparison(traces, dict(shown)),
+            *_players(labels[0], evaluations[0], range(len(evaluations[0].audio[:1]))),
+        ]
+    body += ["<h2>For experts</h2>", *_folded(run_folder, latest, trace, figures)]
     title = f"Long generation: {_name(run_folder)}"
-    return _write(run_folder / "report.html", title, body)
+    return _write(run_folder / "report.html", title, [*body, *_glossary(evaluations)])
 
 
-def compare_report(folders: Sequence[Path], out: Path) -> Path:
+def compare_report(
+    folders: Sequence[Path], out: Path, say: Callable[[str], object] = print
+) -> Path:
     """Write one page that lays several runs over each other.
 
     Args:
         folders: runs, of which the latest evaluation is taken, or evaluation folders.
         out: file to write.
+        say: takes each line of what matters most in it.
 
     Raises:
         UserError: a folder without a finished evaluation.
@@ -116,19 +114,19 @@ def compare_report(folders: Sequence[Path], out: Path) -> Path:
         labels = [f"{label} [{number}]" for number, label in enumerate(labels, 1)]
     traces = {label: one.trace() for label, one in zip(labels, evaluations, strict=True)}
     by_label = dict(zip(labels, evaluations, strict=True))
+    for line in comparison_lines(by_label, traces):
+        say(line)
     clock = traces[labels[0]].clock
-    body = [html.paragraph(clock_note(clock), kind="lead"), "<h2>What happened</h2>"]
+    body = [html.paragraph(clock_note(clock), kind="lead"), *comparison_section(by_label, traces)]
     for label, trace in traces.items():
-        body += [
-            f"<h3>{html.escape(label)}</h3>",
-            html.bullets(headline(by_label[label], trace)),
-            html.bullets(_findings(by_label[label], trace)),
-        ]
-    body += ["<h2>Compared</h2>", *comparison_section(by_label, traces)]
-    body += ["<h2>Side by side</h2>", _evaluations_table(labels, evaluations)]
-    body += ["<h2>Overlays</h2>", *_comparison(traces, by_label), *_audio(by_label.items())]
-    body += _glossary(evaluations)
-    return _write(out, "Comparison of long generations", body)
+        lines = [*headline(by_label[label], trace), *findings(trace, by_label[label].jumps)]
+        body += [f"<h3>{html.escape(label)}</h3>", html.bullets(lines)]
+    body += ["<h2>Side by side</h2>", evaluations_table(labels, evaluations)]
+    body += ["<h2>Overlays</h2>", *_comparison(traces, by_label)]
+    body += ["<h2>Listen</h2>", html.paragraph(CHANNELS, kind="note")]
+    for label, one in by_label.items():
+        body += _players(label, one, range(len(one.audio[:1])))
+    return _write(out, "Comparison of long generations", [*body, *_glossary(evaluations)])
 
 
 def _write(path: Path, title: str, body: Iterable[str]) -> Path:
@@ -148,119 +146,78 @@ def _evenly(items: Sequence[Any]) -> list[Any]:
     return [items[index] for index in chosen]
 
 
-def _findings(evaluation: Evaluation, trace: Trace) -> list[str]:
-    lines = findings(trace, evaluation.jumps)
-    if evaluation.recall is not None:
-        lines.append(recall_finding(trace, evaluation.recall))
-    return lines
-
-
-def _positions_table(trace: Trace) -> str:
-    rows = []
-    for name, step in sorted(trace.critical_steps().items(), key=lambda item: item[1]):
-        ratios = ratios_at(trace, step)
-        middle = float(np.nanmedian(ratios)) if np.isfinite(ratios).any() else None
-        rows.append((name, *_clocks(step, trace.clock), middle, WHY[name]))
-    header = ("position", "step", "seconds", "legacy token", "norm after / before", "what it is")
-    return html.table(header, rows)
-
-
-def _clocks(step: int, clock: Clock) -> tuple[int, str, int]:
-    return step, f"{clock.seconds(step):.2f}", clock.legacy_tokens(step)
-
-
-def _facts_table(evaluation: Evaluation, trace: Trace) -> str:
-    clock = trace.clock
-    hybrid = "none (vanilla Moshi)"
-    if trace.hybrid_layers:
-        hybrid = f"{spans(trace.hybrid_layers)} of 0-{trace.input_norm.shape[1] - 1}"
-    trained = "unknown" if trace.trained_steps is None else _length(trace.trained_steps, clock)
-    return html.table(
-        (),
-        (
-            ("model", trace.source),
-            ("layers with a memory", hybrid),
-            ("generated", _length(trace.steps, clock)),
-            ("prompt, forced from a recording", _length(trace.prompt_steps, clock)),
-            ("context C", _length(trace.context_steps, clock)),
-            ("trained on clips of", trained),
-            ("streams", "; ".join(trace.streams)),
-            ("wall time", f"{evaluation.summary['wall_sec']:.1f} s"),
-            ("speed", f"{evaluation.summary['steps_per_sec']:.1f} steps a second"),
-            ("folder", f"{evaluation.folder.parent.name}/{evaluation.folder.name}"),
-        ),
-    )
-
-
-def _length(steps: int, clock: Clock) -> str:
-    return (
-        f"{steps} steps ({clock.seconds(steps):.2f} s, {clock.legacy_tokens(steps)} legacy tokens)"
-    )
-
-
-def _config(run_folder: Path) -> list[str]:
-    path = run_folder / CONFIG
-    return [html.details("Configuration (config.yaml)", path.read_text())] if path.exists() else []
-
-
-def _evaluations_table(labels: Sequence[str], evaluations: Sequence[Evaluation]) -> str:
-    header = (
-        "evaluation",
-        "steps",
-        "jumps",
-        "largest: step",
-        "seconds",
-        "legacy token",
-        "ratio",
-        "ratio at C",
-        "ratio at 2C",
-        "norm, end / start",
-        "branch ratio",
-        "text entropy, end",
-        "audio entropy, end",
-        "steps / s",
-    )
-    rows = []
-    for label, evaluation in zip(labels, evaluations, strict=True):
-        scalars = evaluation.scalars
-
-        def middle(pattern: str, scalars: dict[str, float] = scalars) -> float | None:
-            values = [value for tag, value in scalars.items() if re.fullmatch(pattern, tag)]
-            return float(np.median(values)) if values else None
-
-        step = scalars.get("longgen/jump/step")
-        token = scalars.get("longgen/jump/legacy_token")
-        rows.append(
-            (
-                label,
-                evaluation.summary["steps"],
-                sum(not jump.gradual for jump in evaluation.jumps),
-                None if step is None else int(step),
-                scalars.get("longgen/jump/seconds"),
-                None if token is None else int(token),
-                scalars.get("longgen/jump/ratio"),
-                middle(r"longgen/ratio_at_C/layer_\d+"),
-                middle(r"longgen/ratio_at_2C/layer_\d+"),
-                middle(r"longgen/input_norm/layer_\d+/growth"),
-                middle(r"memory/branch_ratio/layer_\d+"),
-                scalars.get("longgen/entropy/text/end"),
-                scalars.get("longgen/entropy/audio/end"),
-                evaluation.summary["steps_per_sec"],
-            )
-        )
-    note = "Values of several layers are medians over the layers; entropies in nats."
-    return html.table(header, rows) + html.paragraph(note, kind="note")
-
-
-def _evaluation_figures(
+def _figures(
     evaluation: Evaluation, trace: Trace, pictures: Mapping[str, np.ndarray] | None
-) -> list[str]:
+) -> Figures:
     if pictures is None:
         pictures = evaluation_pictures(evaluation, trace)
-    return [
-        html.figure(png_of(picture), CAPTIONS[name], f"{trace.label}: {name}")
+    return {
+        name: html.figure(png_of(picture), CAPTIONS[name], f"{trace.label}: {name}")
         for name, picture in pictures.items()
+    }
+
+
+def _first_sound(evaluation: Evaluation) -> list[str]:
+    name = evaluation.summary["streams"][0]
+    return [
+        html.player(path, f"Listen: {name}. {CHANNELS}") + cues(evaluation.segments, 0)
+        for path in evaluation.audio[:1]
     ]
+
+
+def _measured(evaluation: Evaluation, trace: Trace, figures: Figures) -> Iterator[str]:
+    """Loss, recall, norms with the critical positions, and the memory."""
+    if "nll" in figures:
+        yield "<h2>Loss on recordings</h2>"
+        yield from context_table(evaluation.contexts)
+        yield figures.pop("nll")
+    if "recall" in figures and evaluation.recall is not None:
+        yield "<h2>Recall</h2>"
+        yield html.paragraph(recall_finding(trace, evaluation.recall))
+        yield figures.pop("recall")
+        yield from recall_numbers(evaluation.recall)
+    yield "<h2>Norms, and the critical positions</h2>"
+    yield html.points(findings(trace, evaluation.jumps))
+    yield figures.pop("input_norm")
+    yield positions_table(trace)
+    if "memory" in figures:
+        yield "<h2>The memory</h2>"
+        yield from (figures.pop(name) for name in ("memory", "fast_weights") if name in figures)
+
+
+def _heard(evaluation: Evaluation, trace: Trace, figures: Figures) -> Iterator[str]:
+    """What it sounds like: spectrogram and words of the first stream, the sound of the others."""
+    if evaluation.audio:
+        yield "<h2>Listen</h2>"
+        yield figures.pop("audio")
+        yield from _players(trace.label, evaluation, range(1, len(evaluation.audio)))
+    if evaluation.segments is not None:
+        yield from flagged_section(evaluation.segments, trace.clock)
+        yield figures.pop("flagged")
+    yield from audible_section(evaluation.quality, evaluation.cuts)
+    yield from seam_section(evaluation.quality)
+
+
+def _players(label: str, evaluation: Evaluation, streams: Iterable[int]) -> Iterator[str]:
+    """Streams, each with its words."""
+    names, words = evaluation.summary["streams"], evaluation.transcripts
+    for row in streams:
+        yield html.player(evaluation.audio[row], f"{label}: {names[row]}")
+        yield cues(evaluation.segments, row)
+        yield html.transcript(words[row])
+
+
+def _folded(
+    run_folder: Path, evaluation: Evaluation, trace: Trace, figures: Figures
+) -> Iterator[str]:
+    """What is the same in every run, or for experts."""
+    yield html.folded("What happens inside the layers", "".join(figures.values()))
+    yield html.folded("What was run", facts_table(evaluation, trace))
+    if (path := run_folder / CONFIG).exists():
+        yield html.details("Configuration (config.yaml)", path.read_text(encoding="utf-8"))
+    rings = rings_table(evaluation.summary["rings"], trace.clock)
+    yield html.folded("Attention rings at the end", rings)
+    yield html.folded("Events", events_table(evaluation.events))
 
 
 def _comparison(traces: Mapping[str, Trace], by_label: Mapping[str, Evaluation]) -> list[str]:
@@ -275,16 +232,6 @@ def _comparison(traces: Mapping[str, Trace], by_label: Mapping[str, Evaluation])
     ]
 
 
-def _audio(evaluations: Iterable[tuple[str, Evaluation]]) -> list[str]:
-    players = [
-        html.player(path, f"{label}: {path.stem}") + "".join(cues(evaluation.segments, path))
-        for label, evaluation in evaluations
-        for path in evaluation.audio[:PLAYED_CLIPS]
-    ]
-    note = "Left: Moshi, right: the user. The start is the prompt, a recording."
-    return ["<h2>Listen</h2>", html.paragraph(note, kind="note"), *players] if players else []
-
-
 def _glossary(evaluations: Sequence[Evaluation]) -> list[str]:
     entries = dict(GLOSSARY)
     if any(evaluation.recall is not None for evaluation in evaluations):
@@ -293,4 +240,4 @@ def _glossary(evaluations: Sequence[Evaluation]) -> list[str]:
         f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>"
         for term, text in entries.items()
     )
-    return ["<h2>Words</h2>", f"<dl>{''.join(terms)}</dl>"]
+    return [html.folded("Words", f"<dl>{''.join(terms)}</dl>")]

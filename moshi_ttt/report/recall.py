@@ -181,7 +181,6 @@ def _nll_panel(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.plot(one.bins["gap_sec"], one.bins["nll"], color=one.color, **one.style)
     axes.set_ylabel("NLL of the answers\n(nats a token)")
     fit_height(axes, np.concatenate([one.bins["nll"] for one in curves]), room=0.15)
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def gap_axis(axes: Axes, curves: Sequence[Curve], counts: Mapping[str, Bins]) -> None:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.ndimage import median_filter
 
 from moshi_ttt.clock import Clock
@@ -43,6 +43,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "figure.facecolor": "white",
+    "figure.dpi": 160,
     "figure.constrained_layout.use": True,
 }
 
@@ -96,8 +97,9 @@ def fit_height(axes: Axes, values: np.ndarray, *, room: float, foot: float = 0.0
     if low > 0 and high > 12 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / (high / low) ** foot, high * (high / low) ** room)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         extent = (high - low) or abs(high) or 1.0
         axes.set_ylim(low - foot * extent, high + room * extent)
@@ -251,13 +253,13 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
-def title(axes: Axes, text: str, trace: Trace, *, note_axes: Axes | None = None) -> None:
+def title(axes: Axes, text: str, trace: Trace) -> None:
     """What is shown on the left; who was measured and how, in a lighter hand, on the right."""
     axes.set_title(text)
     count = trace.input_norm.shape[0]
     of = f"median of {count} streams, " if count > 1 else ""
     note = f"{trace.label}, {of}rolling median of {SMOOTH_STEPS} steps"
-    side_note(note_axes or axes, note)
+    side_note(axes, note)
 
 
 def side_note(axes: Axes, text: str) -> None:

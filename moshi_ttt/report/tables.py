@@ -1,4 +1,4 @@
-"""Tables of a report: what became of the attention rings, and the events."""
+"""Tables of a report: positions, settings, evaluations, attention rings, events."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from moshi_ttt.clock import Clock
-from moshi_ttt.diagnosis.jumps import spans
+from moshi_ttt.diagnosis.jumps import ratios_at, spans
+from moshi_ttt.evaluation.folder import Evaluation
+from moshi_ttt.instruments.critical import WHY
+from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
 
 
@@ -97,3 +102,94 @@ def events_table(events: Sequence[Mapping[str, Any]]) -> str:
         place = (event["step"], f"{event['seconds']:.2f}", event["legacy_token"])
         rows.append((str(event["event"]).replace("_", " "), *place, "; ".join(detail)))
     return html.table(("event", "step", "seconds", "legacy token", "detail"), rows)
+
+
+def positions_table(trace: Trace) -> str:
+    """Where each structural position is, and what the norm does there."""
+    rows = []
+    for name, step in sorted(trace.critical_steps().items(), key=lambda item: item[1]):
+        ratios = ratios_at(trace, step)
+        middle = float(np.nanmedian(ratios)) if np.isfinite(ratios).any() else None
+        rows.append((name, *_clocks(step, trace.clock), middle, WHY[name]))
+    header = ("position", "step", "seconds", "legacy token", "norm after / before", "what it is")
+    return html.table(header, rows)
+
+
+def _clocks(step: int, clock: Clock) -> tuple[int, str, int]:
+    return step, f"{clock.seconds(step):.2f}", clock.legacy_tokens(step)
+
+
+def facts_table(evaluation: Evaluation, trace: Trace) -> str:
+    """What was run, in all three clocks, and what does not change while it runs."""
+    clock = trace.clock
+    trained = "unknown" if trace.trained_steps is None else _length(trace.trained_steps, clock)
+    rows = [
+        ("generated", _length(trace.steps, clock)),
+        ("prompt, forced from a recording", _length(trace.prompt_steps, clock)),
+        ("context C", _length(trace.context_steps, clock)),
+        ("trained on clips of", trained),
+        ("streams", "; ".join(trace.streams)),
+        ("speed", f"{evaluation.summary['steps_per_sec']:.1f} steps a second"),
+        ("folder", f"{evaluation.folder.parent.name}/{evaluation.folder.name}"),
+    ]
+    if trace.hybrid_layers:
+        gates = zip(trace.hybrid_layers, trace.gate[0, :, -1], strict=True)
+        texts = [f"layer {layer}: {gate:.3g}" for layer, gate in gates]
+        rows.append(("gates, RMS over channels", "; ".join(texts)))
+    return html.table((), rows)
+
+
+def _length(steps: int, clock: Clock) -> str:
+    return (
+        f"{steps} steps ({clock.seconds(steps):.2f} s, {clock.legacy_tokens(steps)} legacy tokens)"
+    )
+
+
+def evaluations_table(labels: Sequence[str], evaluations: Sequence[Evaluation]) -> str:
+    """A row for each evaluation of a run."""
+    header = (
+        "evaluation",
+        "steps",
+        "jumps",
+        "largest: step",
+        "seconds",
+        "legacy token",
+        "ratio",
+        "ratio at C",
+        "ratio at 2C",
+        "norm, end / start",
+        "branch ratio",
+        "text entropy, end",
+        "audio entropy, end",
+        "steps / s",
+    )
+    rows = []
+    for label, evaluation in zip(labels, evaluations, strict=True):
+        scalars = evaluation.scalars
+
+        def middle(pattern: str, scalars: dict[str, float] = scalars) -> float | None:
+            values = [value for tag, value in scalars.items() if re.fullmatch(pattern, tag)]
+            return float(np.median(values)) if values else None
+
+        step = scalars.get("longgen/jump/step")
+        token = scalars.get("longgen/jump/legacy_token")
+        rows.append(
+            (
+                label,
+                evaluation.summary["steps"],
+                sum(not jump.gradual for jump in evaluation.jumps),
+                None if step is None else int(step),
+                scalars.get("longgen/jump/seconds"),
+                None if token is None else int(token),
+                scalars.get("longgen/jump/ratio"),
+                middle(r"longgen/ratio_at_C/layer_\d+"),
+                middle(r"longgen/ratio_at_2C/layer_\d+"),
+                middle(r"longgen/input_norm/layer_\d+/growth"),
+                middle(r"memory/branch_ratio/layer_\d+"),
+                scalars.get("longgen/entropy/text/end"),
+                scalars.get("longgen/entropy/audio/end"),
+                evaluation.summary["steps_per_sec"],
+            )
+        )
+    note = "Values of several layers are medians over the layers; entropies in nats."
+    return html.table(header, rows) + html.paragraph(note, kind="note")

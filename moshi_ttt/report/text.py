@@ -18,15 +18,17 @@ CAPTIONS = {
     "middle half of the streams. Dashed: structural positions. Red: jumps that were found.",
     "heat_map": "The same norms relative to each layer's own level just after the prompt: red "
     "is growth, blue is decline. Diamonds: layers that take part in a jump.",
-    "memory": "What the memory adds to the residual stream, relative to the residual; the gate "
-    "that scales it; its norm before the gate; and how often the fast weights were updated.",
+    "memory": "What the memory adds to the residual stream, relative to the residual; and its "
+    "norm before the gate, which itself does not change during a run.",
     "flagged": "What of each stream went bad, in windows, and why: grey was looked at, a colour "
     "says that a measure passes what held-out real speech gives.",
     "contributions": "What attention and the feed-forward block add to the residual stream in "
     "each layer, and the largest single channel of the layer's input: a massive activation that "
     "moves or disappears is seen here before it is seen in the norm.",
-    "fast_weights": "Norm of the memory's fast weights (looked at every 16 steps), how strongly "
-    "each step is written, and how much is forgotten a step; means over the heads.",
+    "fast_weights": "Whether the memory adapts: how far its fast weights are from where they "
+    "began, and their norm (looked at every 16 steps); how strongly each step is written, and how "
+    "much is forgotten a step, means over the heads; and how often they were updated. What stays "
+    "the same throughout is left out.",
     "attention_mass": "Share of the attention that the layers looked at spend on position 0, on "
     "the first positions together, and on the oldest quarter of the ring; means over heads. "
     "0 after the key has left the ring.",
@@ -43,7 +45,8 @@ CAPTIONS = {
     "95 % intervals. Beyond C, attention no longer reaches the fact directly. Thin lines, if the "
     "model has a memory: the same questions with the memory reset just before them, and exchanged "
     "for another conversation's. What the memory does is the distance from the thick line to both.",
-    "audio": "Left channel: Moshi. The spectrogram shows the left channel only.",
+    "audio": "The first stream: spectrogram of Moshi's voice, the words of its text where they "
+    "begin, and in orange when the user talks. White: structural positions.",
 }
 COMPARISON_CAPTIONS = {
     "input_norm": "Input norm of four layers from the first to the last. Dashed: structural "
@@ -64,7 +67,9 @@ GLOSSARY = {
     "C, capacity": "Slots of an attention ring, in steps: how far back a layer can look.",
     "end offset": "Steps written to a ring since it was reset.",
     "sinks": "First positions that a ring never evicts; stock Moshi has none.",
-    "fast weights": "What the memory changes while the model runs; its slow weights are trained.",
+    "fast weights": "What the memory changes while the model runs; its slow weights are trained. "
+    "How far they come is the L2 norm of what parts them from where they began, in words relative "
+    "to their own norm: 0 % as they began, 100 % if they began at zero.",
     "evicted": "Steps that have been overwritten: end offset - capacity, or 0.",
     "turns": "How often writing has gone back to slot 0.",
     "jump": "A lasting rise of a layer's input norm at one position: the median of the 50 steps "
@@ -106,16 +111,11 @@ def clock_note(clock: Clock) -> str:
 
 
 def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
-    """What one generation shows, as sentences."""
+    """What the first sentences of a report do not say: each jump, and what happens at C and 2C."""
     lines = []
     clock, critical = trace.clock, trace.critical_steps()
     if only_reads(trace):
         lines.append("Nothing was generated: recordings were fed in throughout (teacher-forced).")
-    if not jumps:
-        lines.append(
-            f"No lasting jump of the input norm in {trace.steps} steps "
-            f"({clock.seconds(trace.steps):.0f} s)."
-        )
     for jump in sorted(jumps, key=lambda one: -one.ratio):
         kind = "Growth, no jump" if jump.gradual else "Jump"
         line = f"{kind}: {jump.describe(clock)}; {jump.agreement:.0%} of the streams rise."
@@ -138,14 +138,6 @@ def findings(trace: Trace, jumps: Sequence[Jump]) -> list[str]:
         else:
             step = trace.context_steps * (1 if name == "C" else 2)
             lines.append(f"{name}, {clock.describe(step)}, lies beyond the end of this run.")
-    if trace.hybrid_layers:
-        layer, ratio = loudest_memory(trace)
-        lines.append(
-            f"The memory adds {ratio:.2%} of the residual's norm in layer {layer}, where it adds "
-            "most (median over streams and steps)."
-        )
-    else:
-        lines.append("There is no memory in this model: vanilla Moshi.")
     broken = ~np.isfinite(trace.input_norm).all(axis=(1, 2))
     if broken.any():
         lines.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,13 @@ def nll_by_position(
     """Teacher-forced NLL of pieces [17, T] behind `skip_steps`, as `PositionNLL.record` has it."""
     steps = pieces[0].shape[-1]
     metric = PositionNLL(window_steps, -(-(steps - skip_steps) // window_steps)).to(lm.device)
-    for first in progress(range(0, len(pieces), BATCH), desc=f"{steps} steps", unit="batch"):
+    batches = progress(
+        range(0, len(pieces), BATCH),
+        desc=f"{steps} steps",
+        unit="batch",
+        disable=len(pieces) <= BATCH,
+    )
+    for first in batches:
         codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
         counted = slice(skip_steps, None)
         metric.update(lm, cut(forward(lm, codes), counted), codes[..., counted])
@@ -82,4 +89,28 @@ class ContextSweep:
             )
             for group, values in found.items():
                 values += record[group]
+        return found
+
+    def record(
+        self, lm: LMModel, recordings: Sequence[EncodedRecording], clock: Clock
+    ) -> dict[str, Any] | None:
+        """Content of `contexts.json`; None if no recording is long enough.
+
+        Returns:
+            `context_sec`, `target_sec`; `stretches`, a checksum of each, so that equal ones are
+            found again; and by group of rows, the losses [stretches, contexts] in nats a token.
+        """
+        pieces = self.stretches(recordings, clock)
+        if not pieces:
+            return None
+        found: dict[str, Any] = {
+            "context_sec": list(self.context_sec),
+            "target_sec": self.target_sec,
+            "stretches": [zlib.crc32(piece.cpu().numpy().tobytes()) for piece in pieces],
+            **{group: [] for group in GROUPS},
+        }
+        for piece in progress(pieces, desc="behind contexts", unit="stretch", leave=False):
+            losses = self.nll(lm, [piece], clock)
+            for group in GROUPS:
+                found[group].append(losses[group])
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from moshi.models.lm import LMModel, LMOutput
@@ -19,8 +19,9 @@ from moshi_ttt.model.hybrid import gates_forced_to_zero
 from moshi_ttt.model.lora import adapters_off
 from moshi_ttt.model.sinks import windows_alone
 from moshi_ttt.model.window import window
+from moshi_ttt.rows import GROUPS
 
-Stream = Literal["text", "audio"]
+Group = Literal["text", "first_codebook", "other_codebooks"]  # GROUPS, for the command line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,10 @@ class DistillationConfig:
     weight: float = 0.0
     """Weight of the divergence from the base, nats a token; 0 switches it off, and saves the
     second forward."""
-    streams: tuple[Stream, ...] = ("text", "audio")
-    """Whose predictions are compared: `text`, `audio` (Moshi's own codebooks, of the clips whose
-    audio is predicted) or both. A base that does not see the answers either should teach only
-    what it knows better: `[audio]`."""
+    groups: tuple[Group, ...] = ("text", "first_codebook", "other_codebooks")
+    """Whose predictions are compared, of the clips whose audio is predicted where it is audio. A
+    base that does not see the answers either should teach only what it knows better, or what a
+    memory is not for: `[other_codebooks]`."""
     window_steps: int | None = None
     """Attention window of the base meanwhile, steps of 80 ms; null lets it see the whole clip."""
 
@@ -41,16 +42,16 @@ class DistillationConfig:
         check_fields(self, "weight", least=0)
         check_fields(self, "window_steps", least=2, remedy="null lets the base see the whole clip")
         check_setting(
-            len(self.streams) > 0 and set(self.streams) <= set(get_args(Stream)),
-            "streams",
-            list(self.streams),
-            f"must name one or more of {', '.join(get_args(Stream))}",
+            len(self.groups) > 0 and set(self.groups) <= set(GROUPS),
+            "groups",
+            list(self.groups),
+            f"must name one or more of {', '.join(GROUPS)}",
         )
 
     @property
     def teaches_audio(self) -> bool:
         """Whether audio must be predicted for it."""
-        return self.weight > 0 and "audio" in self.streams
+        return self.weight > 0 and self.groups != ("text",)
 
     def check_fits(self, train: Trained) -> None:
         """Hold it against what learns.
@@ -82,11 +83,11 @@ def base_output(
     Args:
         lm: with a memory, adapters or both upon a frozen base.
         codes: the clips.
-        config: window and streams.
+        config: window and groups.
         heard: as for `forward`.
         predicted: as for `forward`.
     """
-    if "audio" not in config.streams:
+    if config.groups == ("text",):
         predicted = [False] * len(codes)
     with ExitStack() as scope:
         scope.enter_context(window(lm, config.window_steps))
@@ -96,20 +97,22 @@ def base_output(
         return forward(lm, codes, heard, predicted=predicted)
 
 
-def divergence(student: LMOutput, teacher: LMOutput, streams: Sequence[Stream]) -> Tensor:
-    """KL(teacher, student), nats a token: the sum of the streams' means over known positions.
+def divergence(student: LMOutput, teacher: LMOutput, groups: Sequence[Group]) -> Tensor:
+    """KL(teacher, student), nats a token: the sum of the groups' means over known positions.
 
     Args:
         student: of the forward that trains.
         teacher: of `base_output` on the same clips.
-        streams: those compared.
+        groups: those compared.
     """
-    found = []
-    if "text" in streams:
-        found.append(_divergence(student.text_logits, teacher.text_logits, student.text_mask))
-    if "audio" in streams:
-        found.append(_divergence(student.logits, teacher.logits, student.mask))
-    return torch.stack(found).sum()
+    return torch.stack([_divergence(*_of(group, student, teacher)) for group in groups]).sum()
+
+
+def _of(group: Group, student: LMOutput, teacher: LMOutput) -> tuple[Tensor, Tensor, Tensor]:
+    if group == "text":
+        return student.text_logits, teacher.text_logits, student.text_mask
+    books = slice(1) if group == "first_codebook" else slice(1, None)
+    return student.logits[:, books], teacher.logits[:, books], student.mask[:, books]
 
 
 def _divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

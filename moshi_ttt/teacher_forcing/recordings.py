@@ -45,6 +45,8 @@ class TeacherForced:
     """Content of `probes.json`, by memory and group; None without probes."""
     branch_ratios: dict[int, dict[str, float]]
     """By layer that has a memory, what `ratio_record` gives of all positions, memories kept."""
+    contexts: dict[str, Any] | None = None
+    """Content of `contexts.json`: what `ContextSweep.record` gives; None if not asked for."""
 
 
 @torch.no_grad()

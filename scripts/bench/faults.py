@@ -1,12 +1,15 @@
 """Kill a training run again and again, resume it, and compare it with one that nobody disturbed.
 
     python scripts/bench/faults.py --kills 100       # about an hour and a half on two cores
+    python scripts/bench/faults.py --kills 20 --signals SIGTERM SIGINT
 
 The run is a real one, in a process of its own: a memory on the bundled tiny model, clips of 15 s,
 two epochs, each with validation, long generation and report, and a checkpoint every two steps.
-Kills (SIGKILL) fall anywhere between its start and its end, and checkpoints are written with the
-temporary folder on another file system. A run that is over starts anew. Each that ends must have
-the weights of the undisturbed one, byte by byte, all its evaluations, and no half-written file.
+Kills (SIGKILL, or what `--signals` names) fall anywhere between its start and its end, and
+checkpoints are written with the temporary folder on another file system. A run that is over starts
+anew. Each that ends must have the weights of the undisturbed one, byte by byte, all its
+evaluations, and no half-written file. What can be caught must end the run within 5 seconds, with
+the status that shells expect and without a traceback.
 """
 
 from __future__ import annotations
@@ -46,10 +49,11 @@ ARGUMENTS = (
     "--long_generation.run.nll_recordings=1",
 )
 WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/best.safetensors")
+STOPS_WITHIN_SEC = 5.0
 MEMORY = Path("/dev/shm")  # another file system than that of the runs
 
 
-def main(kills: int, seed: int, out: Path | None) -> Counter[str]:
+def main(kills: int, seed: int, out: Path | None, signals: list[str]) -> Counter[str]:
     """Kill and resume until all kills are spent, and the last run has ended.
 
     Returns:
@@ -73,8 +77,11 @@ def main(kills: int, seed: int, out: Path | None) -> Counter[str]:
         with progress(total=kills, unit="kill") as bar:
             while left:
                 root, number = Path(folder) / f"run_{number}", number + 1
-                while left and not _run(root, scratch, rng.uniform(0, lasts_sec)):
-                    counts[f"killed {_phase(root)}"] += 1
+                while left:
+                    signum = signal.Signals[rng.choice(signals)]
+                    if _run(root, scratch, rng.uniform(0, lasts_sec), signum):
+                        break
+                    counts[f"{signum.name} {_phase(root)}"] += 1
                     left -= 1
                     bar.update()
                 _run(root, scratch, None)
@@ -83,7 +90,12 @@ def main(kills: int, seed: int, out: Path | None) -> Counter[str]:
     return counts
 
 
-def _run(root: Path, scratch: Path, kill_after_sec: float | None) -> bool:
+def _run(
+    root: Path,
+    scratch: Path,
+    kill_after_sec: float | None,
+    signum: signal.Signals = signal.SIGKILL,
+) -> bool:
     """Start or resume, and kill after a while.
 
     Returns:
@@ -99,12 +111,26 @@ def _run(root: Path, scratch: Path, kill_after_sec: float | None) -> bool:
         try:
             _, errors = process.communicate(timeout=kill_after_sec)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            return False
+            process.send_signal(signum)
+            asked_sec = time.monotonic()
+            _, errors = process.communicate()
+            lasted_sec = time.monotonic() - asked_sec
+            _check_stop(signum, process.returncode, lasted_sec, errors)
+            return process.returncode == 0
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed by itself:\n{errors[-2000:]}")
     return True
+
+
+def _check_stop(signum: signal.Signals, status: int, lasted_sec: float, errors: str) -> None:
+    """Leave with what is wrong with how a run stopped, if anything is."""
+    # before it listens, a signal ends Python as the system has it; or the run just ended by itself
+    # and what falls into a finalizer is printed, and sent again
+    tracebacks = errors.count("Traceback") - errors.count("Exception ignored")
+    if status not in (128 + signum, -signum, 0) or tracebacks > 0:
+        raise SystemExit(f"{signum.name} ended the run with status {status}:\n{errors[-2000:]}")
+    if lasted_sec > STOPS_WITHIN_SEC:
+        raise SystemExit(f"{signum.name} ended the run after {lasted_sec:.1f} s")
 
 
 def _newest(root: Path) -> Path:
@@ -142,6 +168,8 @@ if __name__ == "__main__":
     add: Any = parser.add_argument
     add("--kills", type=int, default=100, help="How often to kill.")
     add("--seed", type=int, default=0, help="Seed of when.")
+    catchable = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"]
+    add("--signals", nargs="+", choices=["SIGKILL", *catchable], default=["SIGKILL"], help="Which.")
     add("--out", type=Path, help="Folder for the runs; null: the temporary one.")
     for what, count in sorted(run_program(partial(main, **vars(parse(parser, None)))).items()):
         print(f"{count:4} {what}")

@@ -70,6 +70,7 @@ ROWS = {
     "lora_upstream": Row(16, 100, "lora", checkpointing=True, upstream=True),
     "short": _last(1, 15),
     "short_layers": Row(1, 15, None),
+    "every_4x60": Row(4, 60, memory=EVERY),  # as moshiko.yaml has it
     "every_1x60": Row(1, 60, memory=EVERY),
     "every_1x120": Row(1, 120, memory=EVERY),
     "lora_1x60": Row(1, 60, "lora", rank=64),

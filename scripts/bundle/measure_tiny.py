@@ -28,7 +28,7 @@ from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.evaluation.evaluate import evaluate
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.files import write_bytes, write_json
-from moshi_ttt.model.source import ASSETS, TINY, ModelSource
+from moshi_ttt.model.source import ASSETS, TINY, TINY_CLIP_SEC, ModelSource
 from moshi_ttt.model.subject import open_subject
 from moshi_ttt.report import png, recall_figure
 from moshi_ttt.report.figures import nll_figure, norm_figure
@@ -37,7 +37,6 @@ from moshi_ttt.rows import Rows
 from moshi_ttt.teacher_forcing.contexts import clips, nll_by_position
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 
-CLIP_SEC = 20.0  # what the LM was trained on
 WINDOW_SEC = 5.0
 NLL_RECORDINGS = 12  # the first ones, for loss and recall of whole recordings
 SPACING_SEC = 23.0  # between the starts of two stretches, and ahead of the first
@@ -155,7 +154,7 @@ def long_runs(
             ),
             runs / name,
             label=f"{source.name}, {name}",
-            trained_steps=clock.steps(CLIP_SEC),
+            trained_steps=clock.steps(TINY_CLIP_SEC),
             read=read,
         )
     return scalars
@@ -177,7 +176,7 @@ def main(args: list[str] | None = None) -> None:
             f"no recording of {manifest} lasts {options.seconds + SPACING_SEC:g} s; lower --seconds"
         )
     by_position = nll_by_position(lm, stretches, clock.steps(WINDOW_SEC))
-    losses = losses_by_group(lm, train, heldout, clock.steps(CLIP_SEC))
+    losses = losses_by_group(lm, train, heldout, clock.steps(TINY_CLIP_SEC))
     scalars = long_runs(lm, source, heldout, options.seconds, options.runs)
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(

@@ -31,9 +31,12 @@ def test_summary_of_a_hybrid_with_a_jump() -> None:
     for layer, index in ((2, 0), (3, 1)):
         ratio = float(np.median(trace.branch_ratio[:, index, 100:]))
         assert scalars[f"memory/branch_ratio/layer_{layer:02d}"] == pytest.approx(ratio)
-        assert scalars[f"memory/inner_updates/layer_{layer:02d}"] == 899 // 16
-    assert scalars["cache/evicted_steps"] == 525
-    assert scalars["cache/wraps"] == 2
+        assert math.isnan(scalars[f"memory/fast_weight_change/layer_{layer:02d}"])
+    trace.fast_weight_norm[:, 0], trace.fast_weight_distance[:, 0] = 4.0, 1.0
+    trace.fast_weight_distance[:, 0, -1] = [1.0, 2.0, 2.0, 3.0]
+    moved = position_summary(trace, [])
+    assert moved["memory/fast_weight_change/layer_02"] == 0.5
+    assert moved["memory/fast_weight_norm/layer_02"] == 4
     assert scalars["longgen/entropy/text/end"] == pytest.approx(1.5, rel=0.1)
 
 

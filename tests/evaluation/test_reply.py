@@ -11,9 +11,9 @@ import soundfile
 import torch
 
 from moshi_ttt.errors import UserError
-from moshi_ttt.evaluation import reply as replies
 from moshi_ttt.evaluation.config import LongRunConfig
-from moshi_ttt.evaluation.reply import reply
+from moshi_ttt.evaluation.reply import Reply, reply
+from moshi_ttt.evaluation.transcript import spoken_lines, spoken_words
 from moshi_ttt.model.source import open_source
 
 RATE = 24_000
@@ -59,14 +59,24 @@ def test_a_pause_begins_a_new_line() -> None:
     tokenizer, padding = SOURCE.tokenizer(), SOURCE.text_padding_id
     first, second = tokenizer.encode("Hello there."), tokenizer.encode("How are you?")
     tokens = [padding] * 5 + first + [padding] * 11 + first[:1] + [padding] * 13 + second
-    lines = list(replies._lines(tokens, SOURCE))
+    lines = spoken_lines(tokens, SOURCE)
     late = 5 + len(first) + 11 + 1 + 13
     assert [seconds for seconds, _ in lines] == pytest.approx([5 * 0.08, late * 0.08])
     assert lines[0][1].startswith("Hello there.")
     assert lines[1][1] == "How are you?"
-    said = replies.Reply(np.zeros((1, 2)), lines)
+    said = Reply(np.zeros((1, 2)), lines)
     assert said.transcript().endswith(f"{late * 0.08:6.1f} s  How are you?\n")
-    assert list(replies._lines([padding] * 9, SOURCE)) == []
+    assert spoken_lines([padding] * 9, SOURCE) == []
+
+
+def test_words_have_the_second_they_begin_at_and_what_no_one_can_read_is_silence() -> None:
+    tokenizer, padding = SOURCE.tokenizer(), SOURCE.text_padding_id
+    sentence = "Hello, remarkable neighbours."
+    tokens = [padding] * 3 + tokenizer.encode(sentence) + [-1, 10**6]
+    words = spoken_words(tokens, SOURCE)
+    assert [text for _, text in words] == sentence.split()
+    starts = [sum(len(tokenizer.encode(one)) for one in sentence.split()[:n]) for n in range(3)]
+    assert [seconds for seconds, _ in words] == pytest.approx([0.08 * (3 + n) for n in starts])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from moshi_ttt.files import plain
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.forward import forward
 from moshi_ttt.model.source import ModelSource, open_source
-from moshi_ttt.report.text import findings
+from moshi_ttt.report.text import findings, loudest_memory
 from moshi_ttt.teacher_forcing.controls import Recalls
 from moshi_ttt.teacher_forcing.recordings import TeacherForced
 
@@ -147,6 +147,7 @@ def test_a_judgement_is_of_a_trace_alone_and_holds_every_kind_of_scalar() -> Non
     assert scalars["longgen/recall/own/accuracy/gap_0004"] == 0.5
     assert "longgen/quality/distinct_2/whole" in scalars
     assert scalars["longgen/steps_per_sec"] == 80
+    assert scalars["longgen/times_real_time"] == 80 * 0.08
     assert not any("recall" in tag for tag in judged(trace).scalars)
 
 
@@ -237,8 +238,7 @@ def test_scalars_report_and_quality_agree_on_what_was_generated(
     last = free_from == 298
     nothing_generated = prompt_steps >= 299
     assert ("Nothing was generated" in findings(trace, [])[0]) == nothing_generated
-    shown = next(line for line in findings(trace, []) if line.startswith("The memory adds"))
-    assert ("adds 75.00%" if last else "adds 25.00%") in shown
+    assert loudest_memory(trace) == (1, 0.75 if last else 0.25)
     summary = position_summary(trace, [])
     assert summary["memory/branch_ratio/layer_01"] == (0.75 if last else 0.25)
     assert summary["longgen/entropy/text/start"] == pytest.approx(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def not_measured(shape: tuple[int, int, int], hybrids: int) -> dict[str, np.ndar
     """Arrays of a trace [S, L, T] that most tests do not care for: NaN, or nothing looked at."""
     streams, _, steps = shape
     per_layer = ("input_max", "input_max_channel", "attention_norm", "ffn_norm")
-    per_memory = ("fast_weight_norm", "write_gate", "forgetting")
+    per_memory = ("fast_weight_norm", "fast_weight_distance", "write_gate", "forgetting")
     shapes = dict.fromkeys(per_layer, shape)
     shapes |= dict.fromkeys(per_memory, (streams, hybrids, steps))
     arrays = {name: np.full(shape, np.nan, dtype=np.float32) for name, shape in shapes.items()}
@@ -138,6 +139,8 @@ def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int
         path = folder / "audio" / f"stream_{clip:02d}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, 0.3 * tones, 24_000)
+    words = [[[0.4, "Hello"], [0.6, "<b>"], [5.0, "there."]] for _ in trace.streams]
+    write_json(folder / "transcripts.json", {"streams": words})
     quality = {"window_sec": 5.0, "audible": False, "whole": {}, "positions": []}
     write_json(folder / "quality.json", quality)
     write_json(
@@ -149,6 +152,8 @@ def write_evaluation(folder: Path, trace: Trace, *, nll: bool = True, clips: int
             "seconds": trace.clock.seconds(trace.steps),
             "streams": trace.streams,
             "wall_sec": 12.5,
+            "ended_unix_sec": 1.8e9 + 600 * int("0" + re.sub(r"\D", "", folder.name)),
+            "about": {"memory": "ttt_linear in layers 2-3", "examined with": "2 recordings"},
             "steps_per_sec": 72.0,
             "jumps": [jump.record(trace.clock) for jump in jumps],
             "rings": rings,

@@ -124,7 +124,10 @@ def test_events_of_a_trace_are_in_order_and_say_what_was_measured(tmp_path: Path
 def test_cache_created_says_how_large_the_rings_are() -> None:
     trace = make_trace(shape=(2, 2, 400))
     rings = [
-        CacheSnapshot(f"transformer.layers.{n}.self_attn", 400, 375, 8, 64, 1000) for n in range(2)
+        CacheSnapshot(
+            f"transformer.layers.{n}.self_attn", 400, 375, 8, 64, 1000, batch=4, exec_mask=True
+        )
+        for n in range(2)
     ]
     rings.append(CacheSnapshot("depformer.layers.0.self_attn", 8, 8, 4, 64, 10))
     rings.append(CacheSnapshot("codec.decoder.0.self_attn", 800, 250, 8, 64, 7, 0, 2))
@@ -134,7 +137,11 @@ def test_cache_created_says_how_large_the_rings_are() -> None:
     assert (temporal["role"], temporal["rings"], temporal["size_bytes"]) == ("temporal", 2, 2000)
     assert (temporal["capacity_steps"], temporal["capacity_sec"]) == (375, 30.0)
     assert temporal["capacity_legacy_tokens"] == 3000
-    assert (temporal["heads"], temporal["head_dim"]) == (8, 64)
+    assert (temporal["batch"], temporal["heads"], temporal["head_dim"]) == (4, 8, 64)
+    assert temporal["exec_mask"] is True
+    assert (temporal["next_turn_step"], temporal["next_turn_sec"]) == (375, 30.0)
+    assert "next_turn_step" not in depformer
+    assert codec["next_turn_legacy_token"] == 1000
     assert depformer["capacity_sec"] is None
     assert (codec["role"], codec["capacity_steps"], codec["capacity_sec"]) == ("codec", 125, 10.0)
 
@@ -143,7 +150,15 @@ def test_a_line_is_fields_without_blanks() -> None:
     trace = make_trace()
     ring = trace.rings[0]
     values = {name: getattr(trace, name) for name in Trace.__slots__}
-    event = position_event("critical_position", 750, values, at=750, ring=ring, names=["a b", "2C"])
+    event = position_event(
+        "critical_position",
+        750,
+        values,
+        at=750,
+        ring=ring,
+        clock=trace.clock,
+        names=["a b", "2C"],
+    )
     line = event_line(event.record(trace.clock))
     fields = dict(part.split("=") for part in line.split(" "))
     assert list(fields)[:4] == ["event", "step", "seconds", "legacy_token"]
@@ -214,10 +229,23 @@ def test_the_log_of_a_run_says_what_its_files_say(make_lm: Callable[..., LMModel
         for line, event in zip(found, expected, strict=True):
             if kind == "critical_position":
                 assert float(line["norm_median"]) == pytest.approx(event["norm_median"], rel=1e-3)
+    for line in logged:
+        if line["event"] != "cache_created" and "slot" in line:
+            step = int(line["step"])
+            assert (int(line["end_offset"]), int(line["slot"])) == (step + 1, step % CONTEXT)
+            assert line["held_positions"] == f"{max(0, step + 1 - CONTEXT)},{step}"
+            assert int(line["next_turn_step"]) == step // CONTEXT * CONTEXT + CONTEXT
+    assert [line["next_turn_sec"] for line in logged if line["event"] == "ring_turn"] == [
+        "2.56",
+        "3.84",
+        "5.12",
+    ]
     created = {line["role"]: line for line in logged if line["event"] == "cache_created"}
     assert set(created) == {"temporal", "depformer"}
     assert created["temporal"]["capacity_steps"] == str(CONTEXT)
-    assert created["temporal"]["heads"] == "2"
+    sizes = [created["temporal"][key] for key in ("heads", "batch", "exec_mask")]
+    assert sizes == ["2", "2", "True"]
+    assert created["temporal"]["next_turn_step"] == str(CONTEXT)
     # blocks that follow each other, one for each line: no step is read by itself
     points = [stop for _, stop in reads[:-1]]
     assert reads[0][0] == 0

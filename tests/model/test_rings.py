@@ -26,6 +26,10 @@ def test_held_positions_are_those_that_were_written_last(make_lm: MakeLM, sinks:
         # each key was filled with its own position
         assert torch.equal(ring.cache[0, 0, 0, kept, 0], held[kept].float())
         snapshot = CacheSnapshot("transformer.x", step + 1, 8, sinks=sinks)
+        assert snapshot.slot is not None
+        assert ring.cache[0, 0, 0, snapshot.slot, 0] == step
+        turns = (at for at in range(sinks + 8, 50, 8) if at > step)
+        assert snapshot.next_turn == next(turns)
         first, last = snapshot.valid_positions or (0, -1)
         expected = set(range(min(sinks, step + 1))) | set(range(first, last + 1))
         assert set(held[kept].tolist()) == expected
@@ -35,11 +39,28 @@ def test_held_positions_are_those_that_were_written_last(make_lm: MakeLM, sinks:
         assert len(gone) == snapshot.evicted_steps
 
 
+def test_the_slot_written_and_the_next_turn_of_a_thinned_ring_are_known() -> None:
+    kept = Kept(8, 2, 2)
+    slots = kept.slots(torch.device("cpu"))
+    written = []
+    for step in range(80):
+        snapshot = CacheSnapshot("transformer.x", step + 1, 8, sinks=2, thinning=2)
+        held = slots.held(torch.tensor([step]))[0]
+        assert snapshot.slot is not None
+        assert held[snapshot.slot] == step
+        written.append(snapshot.slot)
+        assert snapshot.next_turn > step
+    turns = [step for step in range(3, 80) if written[step] == 2]
+    ahead = {CacheSnapshot("x", step, 8, sinks=2, thinning=2).next_turn for step in range(3, 60)}
+    assert sorted(ahead) == turns[: len(ahead)]
+
+
 def test_ranges_of_a_ring_over_its_turns() -> None:
     def ranges(end: int) -> tuple[Any, ...]:
         ring = CacheSnapshot("transformer.layers.0.self_attn", end, 8)
         return ring.valid_positions, ring.lost_positions, ring.overwritten_slots, ring.wraps
 
+    assert CacheSnapshot("transformer.x", 0, 8).slot is None
     assert ranges(0) == (None, None, None, 0)
     assert ranges(8) == ((0, 7), None, None, 0)
     assert ranges(9) == ((1, 8), (0, 0), (0, 0), 1)

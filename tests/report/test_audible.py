@@ -68,7 +68,7 @@ def measured() -> Trace:
     generator = np.random.default_rng(0)
     for name in ("input_max", "attention_norm", "ffn_norm"):
         fields[name] = 1 + generator.random((2, 4, 900))
-    for name in ("fast_weight_norm", "write_gate", "forgetting"):
+    for name in ("fast_weight_norm", "fast_weight_distance", "write_gate"):
         fields[name] = 1 + generator.random((2, 2, 900))
     fields["step_ms"] = 15 + generator.random(900)
     fields["attention_mass_layers"] = np.array([0, 3])
@@ -84,8 +84,23 @@ def test_figures_are_drawn_of_what_was_measured_only() -> None:
     assert set(figures) < set(CAPTIONS)
     for name, figure in figures.items():
         picture = pixels(figure)
-        assert picture.shape == (700, 1000, 3), name
+        assert picture.shape[1:] == (1600, 3), name
         assert picture.std() > 5, name
+
+
+def test_what_stays_the_same_in_a_run_has_no_panel() -> None:
+    trace = measured()
+    labels = [axes.get_ylabel() for axes in inside_figures(trace)["fast_weights"].axes]
+    # forgetting was not measured
+    assert [label.split("\n")[0] for label in labels] == [
+        "from where they began",
+        "fast weights",
+        "write gate",
+        "inner updates",
+    ]
+    for name in ("fast_weight_norm", "fast_weight_distance", "write_gate", "inner_updates"):
+        getattr(trace, name)[:] = 1.0
+    assert len(inside_figures(trace)["fast_weights"].axes) == 1
 
 
 def test_what_was_not_measured_survives_saving_as_not_measured(tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ from moshi_ttt.report.text import findings
 def say(tmp_path: Path) -> Any:
     """What the headline says of a trace, recall and losses."""
 
-    def said(trace: Trace, recall: Any = None, nll: Any = None) -> str:
+    def said(trace: Trace, recall: Any = None, nll: Any = None, contexts: Any = None) -> str:
         folder = tmp_path / str(len([*tmp_path.iterdir()]))
         write_evaluation(folder, trace, nll=False, clips=0)
-        for name, content in (("probes", recall), ("nll", nll)):
+        for name, content in (("probes", recall), ("nll", nll), ("contexts", contexts)):
             if content is not None:
                 write_json(folder / f"{name}.json", content)
         return "\n".join(headline(Evaluation.load(folder), trace))
@@ -99,6 +99,18 @@ def test_the_loss_is_told_for_every_whole_minute(say: Any) -> None:
     ) in text
 
 
+def test_the_loss_behind_contexts_is_told_with_what_more_of_it_helps(say: Any) -> None:
+    contexts = {"context_sec": [100, 10], "text": [[2.0, 2.5], [2.2, 2.5], [None, 9.0]]}
+    contexts["first_codebook"] = [[None, None]] * 3
+    assert say(make_trace(), contexts=contexts).splitlines()[1] == (
+        "Behind 10 s and behind 100 s of what was said before them, the same seconds of recordings "
+        "cost 2.50 and 2.10 for words (-0.400 [-1.671, +0.871]) (nats a token; negative: more "
+        "helps)."
+    )
+    alone = {key: [[2.0]] for key in ("text", "first_codebook")} | {"context_sec": [10]}
+    assert "Behind" not in say(make_trace(), contexts=alone)
+
+
 def test_less_than_two_minutes_of_loss_are_not_compared(say: Any) -> None:
     text = say(make_trace(), nll=losses(72, 2.0, 2.0))
     assert "over less than two minutes, 2.00 for words, and 3.00 for the first codebook" in text
@@ -121,6 +133,16 @@ def test_a_jump_is_told_with_its_place_and_the_memory_with_its_share(say: Any) -
         f"The memory adds {share.max():.1%} of the residual's norm in layer {layer}, where it adds"
     )
     assert f"\n{added} most.\n" in text
+
+
+def test_whether_the_fast_weights_move_is_told_with_the_memory(say: Any) -> None:
+    trace = make_trace()
+    trace.fast_weight_norm[:] = 5.0
+    trace.fast_weight_distance[:] = 0.0
+    assert "adds most; its fast weights stay where they began.\n" in say(trace)
+    trace.fast_weight_distance[:, 1, -1] = 2.0
+    line = "its fast weights end 0% to 40% of their norm away from where they began.\n"
+    assert line in say(trace)
 
 
 def test_growth_is_told_from_a_jump(say: Any) -> None:

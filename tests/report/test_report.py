@@ -31,7 +31,7 @@ from moshi_ttt.report.text import findings
 class Page(HTMLParser):
     """Collects tags and text, and checks that every element is closed in order."""
 
-    VOID = ("meta", "link", "img")
+    VOID = ("meta", "link", "img", "input")
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -65,7 +65,8 @@ def make_run(folder: Path, epochs: int = 2) -> Path:
     for epoch in range(epochs):
         trace = make_trace(label=f"epoch {epoch} <b>", seed=epoch, jump_at=763)
         write_evaluation(folder / "longgen" / f"epoch_{epoch:03d}", trace)
-    (folder / "config.yaml").write_text("data:\n  name: <script>alert('x')</script>\n")
+    config = "trainer: {}\ndata:\n  name: <script>alert('x')</script>\n"
+    (folder / "config.yaml").write_text(config)
     return folder
 
 
@@ -88,6 +89,14 @@ def test_report_of_a_run_tells_where_the_jump_is_in_three_clocks(page: Page) -> 
 def test_report_shows_every_figure_clip_and_ring(page: Page) -> None:
     assert page.count["img"] == 6 + 3
     assert page.count["audio"] == 2
+    assert page.count["input"] == page.count["img"]  # each can be shown larger
+    first, experts = page.text.index("In 72 s of talking"), page.text.index("For experts")
+    assert (
+        first < page.text.index("trained on the bundled") < page.text.index("Loss on rec") < experts
+    )
+    folded = re.findall(r"<details>.*?</details>", page.source, flags=re.DOTALL)
+    assert any("epoch 1 &lt;b&gt;: heat_map" in one for one in folded)
+    assert not any("epoch 1 &lt;b&gt;: input_norm" in one for one in folded)
     assert "transformer.layers.[0-3].self_attn" in page.text
 
 
@@ -101,6 +110,7 @@ def test_whatever_comes_from_outside_is_escaped(page: Page) -> None:
     assert "script" not in page.count
     assert "b" not in page.count
     assert "<script>alert('x')</script>" in page.text
+    assert "Hello <b> " in page.text
     assert "epoch 1 <b>" in page.text
 
 
@@ -131,8 +141,8 @@ def test_vanilla_without_audio_and_loss_has_a_report(tmp_path: Path) -> None:
     trace = make_trace(label="tiny (vanilla)", hybrid_layers=(), trained_steps=None)
     write_evaluation(tmp_path / "longgen" / "evaluation", trace, nll=False, clips=0)
     page = Page(write_report(tmp_path))
-    assert "No lasting jump of the input norm in 900 steps (72 s)" in page.text
-    assert "vanilla Moshi" in page.text
+    assert "In 72 s of talking no norm jumps." in page.text
+    assert "There is no memory." in page.text
     assert page.count["img"] == 3
     assert "audio" not in page.count
     assert "nan" not in page.text.lower()
@@ -231,7 +241,7 @@ def broken_trace() -> Trace:
 )
 @pytest.mark.filterwarnings("error")
 def test_figures_of_unusual_runs_are_drawn_without_warnings(trace: Trace) -> None:
-    figures = evaluation_figures(trace, find_jumps(trace), *[None] * 4)
+    figures = evaluation_figures(trace, find_jumps(trace), None, None)
     figures |= comparison_figures({"a": trace, "b": trace}, *[{"a": None, "b": None}] * 2)
     for figure in figures.values():
         assert pixels(figure).std() > 5

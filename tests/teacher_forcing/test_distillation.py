@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +17,13 @@ from moshi_ttt.model.forward import forward
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers
 from moshi_ttt.model.lora import LoraConfig, add_lora
 from moshi_ttt.model.window import set_window
-from moshi_ttt.teacher_forcing.distillation import DistillationConfig, base_output, divergence
+from moshi_ttt.rows import GROUPS
+from moshi_ttt.teacher_forcing.distillation import (
+    DistillationConfig,
+    Group,
+    base_output,
+    divergence,
+)
 
 MakeLM = Callable[..., LMModel]
 
@@ -57,28 +62,27 @@ def test_the_teacher_is_the_base_bit_for_bit(make_lm: MakeLM, window_steps: int 
     assert {name for name, p in student.named_parameters() if p.requires_grad} == trainable
 
 
-@pytest.mark.parametrize("streams", [("text",), ("audio",), ("text", "audio")])
-def test_the_divergence_is_what_it_says(
-    make_lm: MakeLM, streams: tuple[Literal["text", "audio"], ...]
-) -> None:
+@pytest.mark.parametrize("groups", [("text",), ("other_codebooks",), GROUPS])
+def test_the_divergence_is_what_it_says(make_lm: MakeLM, groups: tuple[Group, ...]) -> None:
     student, _ = student_and_base(make_lm)
     codes = random_codes(20)
     codes[1, 1:] = -1  # words alone
-    config = DistillationConfig(weight=1, streams=streams)
+    config = DistillationConfig(weight=1, groups=groups)
     taught, said = base_output(student, codes, config), forward(student, codes)
-    found = divergence(said, taught, streams)
+    found = divergence(said, taught, groups)
     expected = 0.0
     for name, mine, theirs, mask in (
         ("text", said.text_logits, taught.text_logits, said.text_mask),
-        ("audio", said.logits, taught.logits, said.mask),
+        ("first_codebook", said.logits[:, 0], taught.logits[:, 0], said.mask[:, 0]),
+        ("other_codebooks", said.logits[:, 1:], taught.logits[:, 1:], said.mask[:, 1:]),
     ):
-        if name in streams:
+        if name in groups:
             p = theirs[mask].double().log_softmax(-1)
             q = mine[mask].detach().double().log_softmax(-1)
             expected += float((p.exp() * (p - q)).sum(-1).mean())
     assert expected > 0
     assert found.item() == pytest.approx(expected, rel=1e-4)
-    assert float(divergence(said, said, streams)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(said, said, groups)) == pytest.approx(0, abs=1e-6)
     found.backward()
     gate = hybrid_layers(student)[0].branch.gate
     assert gate.grad is not None
@@ -87,7 +91,7 @@ def test_the_divergence_is_what_it_says(
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    for wrong in ({"weight": -1}, {"streams": ()}, {"streams": ("user",)}, {"window_steps": 1}):
+    for wrong in ({"weight": -1}, {"groups": ()}, {"groups": ("user",)}, {"window_steps": 1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             DistillationConfig(**wrong)  # type: ignore[arg-type]
     DistillationConfig().check_fits("base")

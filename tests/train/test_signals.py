@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,25 @@ def test_the_other_processes_of_a_run_do_not_outlive_the_first(
         with pytest.raises(SystemExit):
             fit([*small, f"--run_dir={tmp_path}"], Launched())
         assert other.wait(timeout=5) == -signal.SIGKILL
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_falls_into_a_finalizer_is_not_lost(
+    small: list[str], fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.stopping.INSIST_SEC", 0.1)
+
+    class Thing:
+        def __del__(self) -> None:
+            send(signal.SIGTERM)()
+
+    def act() -> None:
+        thing = Thing()
+        del thing  # Python drops what the handler raises
+        time.sleep(20)
+        pytest.fail("it went on")
+
+    with pytest.raises(SystemExit) as stopped:
+        fit([*small, f"--run_dir={tmp_path}"], At("on_validation_epoch_end", 4, act))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert torch.load(tmp_path / "000/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
