@@ -56,7 +56,7 @@ def flagged_figure(segments: Mapping[str, Any], trace: Trace) -> Figure:
 def flagged_section(segments: Mapping[str, Any], clock: Clock) -> list[str]:
     """What was flagged, in a sentence and a table, as HTML."""
     if segments["shares"]["any"] is None:
-        return ["<h2>What went bad?</h2>", html.paragraph("The talk is shorter than a window.")]
+        return ["<h3>What went bad?</h3>", html.paragraph("The talk is shorter than a window.")]
     rows = [
         [
             one["stream"],
@@ -78,8 +78,8 @@ def flagged_section(segments: Mapping[str, Any], clock: Clock) -> list[str]:
         "held-out real speech seldom passes; docs/quality.md says how seldom."
     )
     return [
-        "<h2>What went bad?</h2>",
-        html.bullets([sentence]),
+        "<h3>What went bad?</h3>",
+        html.points([sentence]),
         *([html.table(header, rows)] if rows else []),
         html.paragraph(note, kind="note"),
     ]
