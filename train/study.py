@@ -77,7 +77,18 @@ class StudyRun:
         )
 
     def run(self, variants: Sequence[Variant]) -> None:
-        """Say what they will take, then train and measure them."""
+        """Say what they will take, then train and measure them.
+
+        Raises:
+            UserError: nothing would be measured of one of them.
+        """
+        for one in variants:
+            chunk_sec = self._run_of(one).chunk_sec
+            if chunk_sec is not None and not self.options.talk_minutes:
+                raise UserError(
+                    f"{self.study.place(one)}.run.chunk_sec={chunk_sec:g} with --talk_minutes=0: "
+                    "it would do nothing, as reading knows no chunks; give --talk_minutes 2"
+                )
         if variants:
             self._say_costs(variants)
         for one in variants:
@@ -98,7 +109,7 @@ class StudyRun:
             if trained.steps and not self._times(one).exists() and trained.name not in trains:
                 trains.add(trained.name)
                 laps = Laps()
-                self._fitted(trained, min(trained.steps, TRAINED_STEPS), laps)
+                self._fitted(trained, TRAINED_STEPS, laps)
                 parts["training"] = laps.step_sec * trained.steps
             if not self.options.train_only:
                 parts |= self._measuring_sec(one)

@@ -77,17 +77,26 @@ class Study:
         self.rows: dict[str, Settings] = {}
         """What the file says of each variant."""
         self.variants: dict[str, Variant] = {}
+        if not self.recipe.get("variants"):
+            raise UserError(f"{path} has no variants; list some, as configs/study/README.md says")
         for row in self.recipe["variants"]:
-            place = f"{path}: variant {row.get('name', row)}"
-            one = made(Variant, row, place)
+            one = made(Variant, row, f"{path}: variant {row.get('name', row)}")
+            if one.name in self.rows:
+                raise UserError(f"{self.place(one)} is there twice; give one another name")
             self.rows[one.name], self.variants[one.name] = row, one
         for one in self.variants.values():
-            self._check_weights(one)
+            self._check_training(one)
 
-    def _check_weights(self, one: Variant) -> None:
+    def _check_training(self, one: Variant) -> None:
+        """Hold against each other what says how it is trained."""
         if one.weights is None:
+            if not one.steps and (one.data or one.windows):
+                raise UserError(
+                    f"{self.place(one)} has data or windows to be trained with, and no steps; give "
+                    "them, or leave those out"
+                )
             return
-        place = f"{self.path}: variant {one.name}: weights={one.weights}"
+        place = f"{self.place(one)}: weights={one.weights}"
         trained = [name for name, other in self.variants.items() if other.steps]
         if one.weights not in trained:
             raise UserError(

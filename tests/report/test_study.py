@@ -76,6 +76,16 @@ def test_seeds_are_one_variant_with_mean_and_range() -> None:
     assert variants[1].mean("reset", "own") is None
 
 
+def test_seeds_of_one_variant_upon_the_seeds_of_another_are_one_as_well() -> None:
+    first, second = seeds(0.9, 0.8)
+    for number, one in enumerate((first, second)):
+        seed = f"_seed{number}" * bool(number)
+        one["variant"] |= {"name": f"read{seed}", "weights": f"memory{seed}"}
+    (found,) = variants_of([first, second])
+    assert (found.name, len(found.records)) == ("read", 2)
+    assert rows(study_table([found]), "read", "2")[0][3] == "as memory"
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from safetensors.torch import load_file
 from moshi_ttt.data.codes_file import CodesFormat, read_codes, write_codes
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import ASSETS, open_source
-from train.recipes import CONFIGS
-from train.variants import Study
 
 STUDY = importlib.import_module("study")
 FIGURE = importlib.import_module("recall_figure")
@@ -251,48 +248,11 @@ def test_variants_are_drawn_from_what_was_measured(
         FIGURE.main([str(tmp_path)])
 
 
-@pytest.mark.parametrize(
-    ("variant", "message"),
-    [
-        ({"stpes": 3}, r"study\.yaml: variant x: it does not accept option 'stpes'"),
-        ({"steps": -1}, r"variant x\.steps=-1 must be at least 0"),
-        ({"weights": "base"}, r"x: weights=base is no variant that is trained; those are memory"),
-        ({"weights": "lora"}, r"weights=lora is no variant that is trained"),
-        ({"weights": "memory", "steps": 3}, r"weights=memory are trained already.*leave out steps"),
-        ({"model": {"contxt": 3}}, r"variant x: it does not accept option 'contxt'"),
-        ({"model": {"sinks": 188}}, r"variant x\.model\.sinks=188 must be .*at most 187"),
-        ({"data": {"manifest": "x"}}, r"variant x\.data: it does not accept option 'manifest'"),
-        ({"run": {"chunk_sec": 1}}, r"variant x\.run\.chunk_sec=1.0 must be above 5"),
-        ({"run": {"seconds": 9}}, r"variant x\.run: it does not accept option 'seconds'"),
-        ({"windows": {"shortest_steps": 63}}, r"windows\.longest_steps=None: both or neither"),
-        ({"inner_rate": 0, "model": {"train": "lora"}}, r"x: inner_rate=0 needs a memory"),
-    ],
-    ids=str,
-)
-def test_a_variant_that_cannot_be_is_refused(
-    tmp_path: Path, variant: dict[str, Any], message: str
-) -> None:
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump({"variants": [*VARIANTS[:2], {"name": "x", **variant}]}))
-    with pytest.raises(UserError, match=message):
-        check(file, ["x"], {"context_steps": 188}, {})
-
-
-def check(file: Path, names: Sequence[str] | None, model: dict[str, Any], run: Any) -> None:
-    study = Study(file)
-    for one in study.chosen(names):
-        study.check(one, model, run)
-
-
 def test_what_cannot_be_is_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("variants: [{name: x, steps: 1, model: {sinks: 188}}]")
     with pytest.raises(UserError, match=r"variant x\.model\.sinks=188 must be"):
         STUDY.main(arguments(folder, f"--study={tmp_path}/study.yaml", f"--out={tmp_path}/out"))
+    silent = [f"--out={tmp_path}/out", "--talk_minutes=0"]
+    with pytest.raises(UserError, match=r"memory_chunks\.run\.chunk_sec=1 with --talk_minutes=0"):
+        STUDY.main(arguments(folder, *silent))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["mitigations", "mitigations_small"])
-def test_the_shipped_mitigations_are_variants_that_can_be(name: str) -> None:
-    path = CONFIGS / f"study/{name}.yaml"
-    recipe = Study(path).recipe
-    check(path, None, recipe["model"] | {"source": "tiny"}, recipe.get("run", {}))
