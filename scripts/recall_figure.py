@@ -1,9 +1,9 @@
-"""Draw variants of recall studies that were measured: nothing is trained or read again.
+"""Draw variants of studies that were measured: nothing is trained or read again.
 
     python scripts/recall_figure.py build/study/controls --only window_15s memory lora \
         --out docs/recall.png
 
-Takes folders that scripts/recall_study.py wrote. Seeds (`NAME`, `NAME_seed1`, ...) are one variant,
+Takes folders that scripts/study.py wrote. Seeds (`NAME`, `NAME_seed1`, ...) are one variant,
 named `NAME`. Writes the figure, and prints the tables.
 """
 

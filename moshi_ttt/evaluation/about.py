@@ -30,9 +30,13 @@ def _memory(lm: LMModel) -> str:
     branches = [layer.branch for layer in hybrids.values()]
     rules = sorted({rule_name(branch.rule) for branch in branches})
     parameters = sum(one.numel() for branch in branches for one in branch.parameters())
-    states = [one for branch in branches for one in branch.rule.init_state(1).values()]
-    size = sum(one.numel() * one.element_size() for one in states)
     return (
         f"{' and '.join(rules)} in layers {spans(sorted(hybrids))}, {parameters:,} parameters, "
-        f"{size / 2**20:.2g} MiB of state a stream"
+        f"{memory_bytes(lm) / 2**20:.2g} MiB of state a stream"
     )
+
+
+def memory_bytes(lm: LMModel) -> int:
+    """What the memories of one stream take; 0 without any."""
+    states = [layer.branch.rule.init_state(1) for layer in hybrid_layers(lm).values()]
+    return sum(one.numel() * one.element_size() for state in states for one in state.values())

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -21,10 +22,13 @@ from torch import Tensor
 
 from moshi_ttt.data import EncodedRecording, Probe
 from moshi_ttt.diagnosis.listening import decode
+from moshi_ttt.evaluation.folder import write_wav
+from moshi_ttt.files import write_json
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.generation.observer import EachStep
-from moshi_ttt.generation.users import user_codes
-from moshi_ttt.model.hybrid import reset_memories
+from moshi_ttt.generation.users import silence_codes, user_codes
+from moshi_ttt.model.hybrid import hybrid_layers, reset_memories
+from moshi_ttt.model.source import ModelSource
 from moshi_ttt.progress import progress
 from moshi_ttt.rows import TEXT_ROW, Rows
 from moshi_ttt.teacher_forcing.recall import (
@@ -37,6 +41,9 @@ from moshi_ttt.teacher_forcing.recall import (
 )
 
 Question = tuple[EncodedRecording, Probe]
+ANSWER_SEC = 5.0  # within which the value has to be said
+LEAD_SEC = 10.0  # of the recording, to be heard before an answer
+HEARD_ANSWERS = 10
 
 
 class Decoder(Protocol):
@@ -250,3 +257,44 @@ def answers_record(answers: Sequence[FreeAnswer]) -> Recall:
             for what, value in values.items():
                 record.setdefault(name, {}).setdefault(what, []).append(value)
     return record
+
+
+def answer_freely(
+    lm: LMModel,
+    source: ModelSource,
+    recordings: Sequence[EncodedRecording],
+    count: int,
+    after: After,
+    folder: Path,
+) -> dict[str, Recall]:
+    """Shares of questions that are answered, by memory, group and gap.
+
+    Args:
+        lm: in eval mode.
+        source: whose codec, tokenizer and clock go with it.
+        recordings: with probes.
+        count: questions at most.
+        after: what is forced last.
+        folder: for what was said, and for the first answers as sound.
+    """
+    codec, clock, rows = source.codec(lm.device), source.clock, Rows.of(lm)
+    questions = choose_questions(recordings, count)
+    shares: dict[str, Recall] = {}
+    memories: tuple[Literal["kept", "reset"], ...] = ("kept", "reset")
+    for memory in memories if hybrid_layers(lm) else memories[:1]:
+        answers = free_answers(
+            lm,
+            source.tokenizer(),
+            questions,
+            silence_codes(codec, clock, rows.user_codebooks).cpu(),
+            answer_steps=clock.steps(ANSWER_SEC),
+            memory=memory,
+            after=after,
+        )
+        shares[memory] = answers_record(answers)
+        write_json(folder / f"{memory}.json", {"answers": [one.record() for one in answers]})
+        if memory == "kept" and lm.card <= codec.cardinality:
+            for number, one in enumerate(answers[:HEARD_ANSWERS]):
+                wav = answer_sound(codec, one, rows, clock.steps(LEAD_SEC))
+                write_wav(folder / f"{number:02d}_{one.name}.wav", wav, clock.sample_rate)
+    return shares

@@ -154,6 +154,11 @@ def start_from(lm: LMModel, name: str) -> None:
     lm.load_state_dict(read_trained(_start_file(name)).weights(lm.device), strict=False)
 
 
+def trained_steps_of(name: str) -> int:
+    """Clip length, in steps, that weights were trained on, which `check_start` found to fit."""
+    return read_trained(_start_file(name)).trained_steps
+
+
 def _start_file(name: str) -> Path:
     return ASSETS / TINY / "memory.safetensors" if name == TINY else Path(name)
 

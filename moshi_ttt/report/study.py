@@ -1,4 +1,4 @@
-"""A study of recall as a figure: its variants beside one another, the seeds of each together."""
+"""A study: its records, and recall as a figure, the seeds of each variant together."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.recall import wilson_interval
 
 Record = Mapping[str, Any]
-"""Content of `OUT/NAME.json`, as scripts/recall_study.py writes it."""
+"""Content of `OUT/NAME.json`, as scripts/study.py writes it."""
 FIELDS = frozenset(
     {
         *("variant", "trained_sec", "parameters", "context_steps", "context_sec"),
         *("recall", "nll", "gates", "branch_ratios"),
     }
 )
-"""What every record holds."""
+"""What every record holds; `talk` and `free_answers` if they were asked for."""
 WINDOW = "attention window"
 PLAIN_TOP = 1.05  # of a panel without labels
 SEED = re.compile(r"_seed\d+$")
@@ -65,7 +65,7 @@ def read_record(path: Path) -> Record:
 
 def record_lines(name: str, found: Record) -> str:
     """What came of one variant, on a few lines."""
-    lines = [f"{name}: {found['trained_sec']:.0f} s, {found['parameters']:,} trained"]
+    lines = [f"{name}: {found['trained_sec']:.0f} s, {found['parameters']:,} trainable"]
     for memory, recall in found["recall"].items():
         for group, bins in recall.items():
             lines.append(f"  {memory:6} {group:13} {_shares(bins, 'accuracy', 'words')}")
@@ -75,6 +75,12 @@ def record_lines(name: str, found: Record) -> str:
     for group in GROUPS:
         values = " ".join(f"{value:.3f}" for value in found["nll"][group])
         lines.append(f"  nll {group:16} {values}")
+    if talk := found.get("talk"):
+        for jump in talk["jumps"]:
+            kind = "growth" if jump["gradual"] else "jump"
+            lines.append(f"  {kind} x{jump['ratio']:.2f} at {jump['seconds']:.0f} s")
+        for measure, values in talk["by_minute"].items():
+            lines.append(f"  talk {measure:21} {' '.join(f'{value:.3g}' for value in values)}")
     lines.append("  gates " + " ".join(f"{gate:.2f}" for gate in found["gates"].values()))
     ratios = [f"{one['median']:.2f}/{one['p99']:.2f}" for one in found["branch_ratios"].values()]
     lines.append("  branch ratios (median/p99) " + " ".join(ratios))
@@ -142,6 +148,8 @@ def variants_of(records: Sequence[Record]) -> list[Variant]:
 def _but_for_the_seed(record: Record) -> list[Any]:
     """What is the same for all seeds of a variant: settings, window, and the words asked for."""
     variant = {**record["variant"], "name": None, "seed": None}
+    # which are those of the same seed of another variant
+    variant["weights"] = SEED.sub("", variant.get("weights") or "")
     asked = {
         group: (bins["gap_sec"], bins["words"])
         for group, bins in record["recall"].get("kept", {}).items()

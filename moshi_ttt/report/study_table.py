@@ -1,15 +1,16 @@
-"""A study of recall as tables in Markdown: what its figure shows, and what it cost."""
+"""A study as tables in Markdown: all of it at a glance, and then what it is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
+from moshi_ttt.report.drift import LOSSES, TALK, against, by_minute, lasting
 from moshi_ttt.report.recall import GROUP_NAMES
 from moshi_ttt.report.study import Record, Variant
-from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.controls import MEMORIES, Share, beyond_window
 from moshi_ttt.teacher_forcing.recordings import RATIO_SHARES
 
@@ -17,6 +18,18 @@ NOTE = (
     "Means over seeds, with the lowest and the highest of several (in round brackets), or with the "
     "95 % interval of one (in square brackets)."
 )
+GLANCE_NOTE = (
+    "Own facts: answer words right, in %, with the memory kept and reset, of facts that Moshi "
+    "itself said 20 to 120 s before. Losses: the last minute over the first, and in brackets that "
+    "over {first}'s, because what is talked about is the same for all. Norms: of the layer whose "
+    "input grew most, end over start. Branch: what the loudest memory adds, over the residual. "
+    "Words a minute, silence, "
+    "different text tokens and codes in use (%): the first and the last minute of free talk. Means "
+    "over seeds and streams; `-`: not measured."
+)
+OWN_SEC = (20, 120)
+"""Gaps of the facts that all variants are compared by, whatever they see."""
+LAST = "last / first"
 LOUD_NOTE = (
     "Gates: the quietest and the loudest layer's root mean square. Branch ratio: of the layer in "
     "which it is largest, over all positions that were read."
@@ -24,12 +37,86 @@ LOUD_NOTE = (
 
 
 def study_table(variants: Sequence[Variant]) -> str:
-    """All tables of a study: training and loudness, recall of each class, loss by minute."""
-    tables = [NOTE, _training(variants), LOUD_NOTE]
+    """All tables of a study: the whole, training and loudness, recall of each class, minutes."""
+    tables = [_glance(variants), NOTE, _training(variants), LOUD_NOTE]
     for group in GROUP_NAMES:
         if any(variant.seeds("kept", group) for variant in variants):
             tables.append(_recall(variants, group))
-    return "\n\n".join([*tables, _loss(variants)]) + "\n"
+    tables += [*_talk(variants), *_loss(variants)]
+    return "\n\n".join(tables) + "\n"
+
+
+def _glance(variants: Sequence[Variant]) -> str:
+    """A row a variant, with everything that it is judged by."""
+    header = (
+        *("variant", "own facts", "reset", *(f"loss of {_words(name)}" for name in LOSSES)),
+        *("jump", "norms", "branch", *(_words(label) for label in TALK.values())),
+        *("ms a step", "KiB a stream"),
+    )
+    rows = []
+    for one in variants:
+        talks = [record["talk"] for record in one.records if "talk" in record]
+        rows.append(
+            (
+                one.name,
+                *(_percent(_far(one, memory)) for memory in ("kept", "reset")),
+                *(_lasting(one, variants[0], name) for name in LOSSES),
+                _jump([jump for talk in talks for jump in talk["jumps"]], talks),
+                *(_mean(talks, name, ".2f") for name in ("norm_growth", "branch_ratio")),
+                *(_first_and_last(one, name) for name in TALK),
+                _mean(talks, "step_ms", ".1f"),
+                _mean(talks, "state_bytes", ".0f", 1024),
+            )
+        )
+    return f"{_table(header, rows)}\n\n{GLANCE_NOTE.format(first=variants[0].name)}"
+
+
+def _words(label: str) -> str:
+    return label.replace("\n", " ").replace("_", " ")
+
+
+def _far(variant: Variant, memory: str) -> list[Share]:
+    """Own facts of `OWN_SEC` answered, a share a seed."""
+    shares = []
+    for bins in variant.seeds(memory, "own"):
+        columns = zip(bins["gap_sec"], bins["accuracy"], bins["words"], strict=True)
+        cells = [(right * of, of) for gap, right, of in columns if OWN_SEC[0] <= gap <= OWN_SEC[1]]
+        if cells:
+            shares.append(Share(*map(sum, zip(*cells, strict=True))))
+    return shares
+
+
+def _lasting(variant: Variant, first: Variant, name: str) -> str:
+    ratio, beside = (
+        _spread([value], ".2f")
+        for value in (float(np.mean(lasting(variant, name))), against(variant, first, name))
+    )
+    return "-" if ratio == "-" else f"{ratio} ({beside})"
+
+
+def _jump(jumps: Sequence[Mapping[str, Any]], talks: Sequence[Mapping[str, Any]]) -> str:
+    """The largest of all seeds, and where it is."""
+    sudden = [jump for jump in jumps if not jump["gradual"]]
+    if not any(talk["searched"] for talk in talks):
+        return "-"
+    if not sudden:
+        return "none"
+    largest = max(sudden, key=lambda jump: float(jump["ratio"]))
+    return f"x{largest['ratio']:.2f} at {largest['seconds']:.0f} s"
+
+
+def _mean(talks: Sequence[Mapping[str, Any]], name: str, form: str, unit: float = 1) -> str:
+    known = [talk[name] / unit for talk in talks if talk[name] is not None]
+    return f"{sum(known) / len(known):{form}}" if known else "-"
+
+
+def _first_and_last(variant: Variant, name: str) -> str:
+    seeds = [values for record in variant.records if (values := by_minute(record, name))]
+    if not seeds:
+        return "-"
+    unit = 1 if name == "words_per_minute" else 100
+    ends = (0, -1) if len(seeds[0]) > 1 else (0,)
+    return ", ".join(f"{np.mean([values[at] for values in seeds]) * unit:.0f}" for at in ends)
 
 
 def _training(variants: Sequence[Variant]) -> str:
@@ -37,14 +124,15 @@ def _training(variants: Sequence[Variant]) -> str:
     rows = []
     for variant in variants:
         records = variant.records
-        updates = records[0]["variant"].get("steps", 0)
+        row = records[0]["variant"]
+        updates = row.get("steps", 0)
         gates = [*chain(*(record["gates"].values() for record in records))]
         rows.append(
             (
                 variant.name,
                 str(len(records)),
                 f"{records[0]['parameters']:,}" if updates else "0",
-                str(updates),
+                f"as {row['weights']}" if row.get("weights") else str(updates),
                 _spread([record["trained_sec"] for record in records], ".0f") if updates else "-",
                 f"{min(gates):.2f} to {max(gates):.2f}" if gates else "-",
                 *(
@@ -116,24 +204,55 @@ def _percent(seeds: Sequence[Share]) -> str:
     return f"{mean} [{low:.0%} to {high:.0%}]".replace("%", "")
 
 
-def _loss(variants: Sequence[Variant]) -> str:
-    """Teacher-forced loss minute by minute, a row a variant and group of rows."""
+def _loss(variants: Sequence[Variant]) -> list[str]:
+    """Teacher-forced loss minute by minute, a row a variant and group of rows; none without any."""
     rows = []
     for variant in variants:
-        losses = [record["nll"] for record in variant.records]
-        for group in GROUPS:
-            minutes = zip(*(nll[group] for nll in losses), strict=True)
-            spreads = (_spread(values, ".3f") for values in minutes)
-            count = losses[0]["recordings"][-1]
-            rows.append((variant.name, group.replace("_", " "), str(count), *spreads))
-    minutes_shown = range(1, max(map(len, rows)) - 2)
-    header = ("variant", "rows", "recordings", *(f"minute {minute}" for minute in minutes_shown))
-    return f"**Loss by minute**: nats a token, teacher-forced\n\n{_table(header, rows)}"
+        for group in LOSSES:
+            if minutes := _minutes(variant, group, ".3f"):
+                count = str(variant.records[0]["nll"]["recordings"][-1])
+                ratios = _spread(lasting(variant, group), ".3f"), _beside(variant, variants, group)
+                rows.append((variant.name, _words(group), count, *minutes, *ratios))
+    ratios = LAST, f"over {variants[0].name}'s"
+    header = _minutes_header(("variant", "rows", "recordings"), rows, ratios)
+    return (
+        ["**Loss by minute**: nats a token, teacher-forced", _table(header, rows)] if rows else []
+    )
+
+
+def _talk(variants: Sequence[Variant]) -> list[str]:
+    """Free talk minute by minute, a row a variant and measure; none without any."""
+    rows = []
+    for variant in variants:
+        for name, label in TALK.items():
+            if minutes := _minutes(variant, name, ".3g"):
+                ratio = _spread(lasting(variant, name), ".2f")
+                rows.append((variant.name, _words(label), *minutes, ratio))
+    header = _minutes_header(("variant", "measure"), rows, (LAST,))
+    title = "**Free talk by minute** since the prompt: means over streams"
+    return [title, _table(header, rows)] if rows else []
+
+
+def _minutes(variant: Variant, name: str, form: str) -> list[str]:
+    """A cell a minute; none if it was not measured."""
+    seeds = [by_minute(record, name) for record in variant.records]
+    return [_spread(values, form) for values in zip(*seeds, strict=True)]
+
+
+def _minutes_header(
+    before: Sequence[str], rows: Sequence[Sequence[str]], after: Sequence[str]
+) -> list[str]:
+    count = max((len(row) for row in rows), default=0) - len(before) - len(after)
+    return [*before, *(f"minute {minute}" for minute in range(1, count + 1)), *after]
+
+
+def _beside(variant: Variant, variants: Sequence[Variant], group: str) -> str:
+    return _spread([against(variant, variants[0], group)], ".3f")
 
 
 def _spread(values: Iterable[float | None], form: str) -> str:
     """Mean, and the lowest and highest of several; `-` if none is defined."""
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and not np.isnan(value)]
     if not known:
         return "-"
     mean = f"{sum(known) / len(known):{form}}"

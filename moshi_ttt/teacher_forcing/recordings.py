@@ -16,6 +16,7 @@ from moshi_ttt.model.branch import BranchStats
 from moshi_ttt.model.forward import forward
 from moshi_ttt.model.hybrid import memory_swapped, observe_branches
 from moshi_ttt.progress import progress
+from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.controls import (
     Recalls,
     State,
@@ -47,6 +48,12 @@ class TeacherForced:
     """By layer that has a memory, what `ratio_record` gives of all positions, memories kept."""
     contexts: dict[str, Any] | None = None
     """Content of `contexts.json`: what `ContextSweep.record` gives; None if not asked for."""
+
+
+def nothing_read(window_steps: int) -> TeacherForced:
+    """What there is of a model that is not read."""
+    nll: dict[str, Any] = {"window_steps": window_steps, "start_step": [], "recordings": []}
+    return TeacherForced(nll | {group: [] for group in GROUPS}, None, {})
 
 
 @torch.no_grad()

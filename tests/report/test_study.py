@@ -1,4 +1,4 @@
-"""A study of recall as a figure and as tables."""
+"""A study as figures and as tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from synthetic_trace import BINS
 
 from moshi_ttt.errors import UserError
+from moshi_ttt.report.drift import drift_figure
 from moshi_ttt.report.figures import pixels
 from moshi_ttt.report.study import Record, Variant, study_figure, variants_of
 from moshi_ttt.report.study_table import study_table
@@ -75,6 +76,16 @@ def test_seeds_are_one_variant_with_mean_and_range() -> None:
     assert variants[1].mean("reset", "own") is None
 
 
+def test_seeds_of_one_variant_upon_the_seeds_of_another_are_one_as_well() -> None:
+    first, second = seeds(0.9, 0.8)
+    for number, one in enumerate((first, second)):
+        seed = f"_seed{number}" * bool(number)
+        one["variant"] |= {"name": f"read{seed}", "weights": f"memory{seed}"}
+    (found,) = variants_of([first, second])
+    assert (found.name, len(found.records)) == ("read", 2)
+    assert rows(study_table([found]), "read", "2")[0][3] == "as memory"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -116,9 +127,63 @@ def test_the_tables_hold_what_was_measured() -> None:
     assert len(rows(table, "base", "kept")) == 2
     assert rows(table, "base", "reset") == []
     assert table.count("gives 10\n") == 2
-    assert rows(table, "base", "text") == [["base", "text", "7", "0.500", "0.600"]]
-    assert rows(table, "base", "other codebooks")[0][-1] == "-"
-    assert rows(table, "memory", "text")[0][-1] == "0.600 (0.600 to 0.600)"
+    assert rows(table, "base", "text") == [
+        ["base", "text", "7", "0.500", "0.600", "1.200", "1.000"],
+    ]
+    assert rows(table, "base", "other codebooks")[0][4:] == ["-", "-", "-"]
+    assert rows(table, "memory", "text")[0][4] == "0.600 (0.600 to 0.600)"
+    assert "Free talk" not in table
+
+
+def talk(name: str, words: list[float], **changes: Any) -> Record:
+    """Results of a variant that has talked for as many minutes as there are `words`."""
+    minutes = dict.fromkeys(("silence_share", "distinct_1", "codes_used"), [0.5] * len(words))
+    jump = {"ratio": 1.24, "seconds": 60.4, "gradual": False}
+    found = {
+        "streams": 4,
+        "searched": True,
+        "jumps": [jump | {"ratio": 3.0, "gradual": True}, jump, jump | {"ratio": 1.1}],
+        "norm_growth": 1.05,
+        "branch_ratio": None,
+        "step_ms": 20.0,
+        "state_bytes": 4096,
+        "by_minute": {"words_per_minute": words, **minutes},
+    }
+    return record(name, talk=found | changes)
+
+
+def test_a_variant_is_seen_at_a_glance() -> None:
+    unread = {"text": [], "first_codebook": [], "other_codebooks": [], "recordings": []}
+    slow = talk("slow", [100.0, 50.0], jumps=[], branch_ratio=0.5)
+    slow |= {"recall": {}, "nll": {"window_steps": 750, "start_step": [], **unread}}
+    worse = record("worse")
+    worse["nll"]["text"] = [0.5, 0.9]
+    table = study_table(variants_of([talk("base", [80.0, 80.0, 60.0]), slow, worse]))
+    base, other, silent = (rows(table, name)[0][1:] for name in ("base", "slow", "worse"))
+    low, high = (f"{100 * edge:.0f}" for edge in wilson_interval(38 / 90, 90))
+    assert base[:3] == [f"42 [{low} to {high}]", "-", "1.20 (1.00)"]
+    assert base[4:] == [
+        *("-", "x1.24 at 60 s", "1.05", "-", "80, 60", "50, 50", "50, 50", "50, 50", "20.0", "4"),
+    ]
+    assert other[:6] == ["-", "-", "-", "-", "-", "none"]
+    assert other[7:9] == ["0.50", "100, 50"]
+    assert silent[2] == "1.80 (1.50)"
+    assert silent[5:] == ["-"] * 9
+    assert rows(table, "base", "words a minute") == [
+        ["base", "words a minute", "80", "80", "60", "0.75"],
+    ]
+    assert rows(table, "slow", "text") == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_last_minute_is_drawn_against_the_first() -> None:
+    worse = record("worse")
+    worse["nll"]["text"] = [0.5, 0.9]
+    figure = drift_figure(variants_of([talk("base", [80.0, 60.0]), worse]))
+    assert pixels(figure).std() > 5
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[:4] == ["1.00", "1.00", "-", "0.75"]  # of the base, losses against its own
+    assert texts[7:] == ["1.50", "1.00", "-", *["-"] * 4]
 
 
 def test_a_window_that_reaches_over_every_gap_leaves_nothing_beyond_it() -> None:

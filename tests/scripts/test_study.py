@@ -1,29 +1,36 @@
-"""A study of recall from its YAML file to its figure, and what is drawn of it afterwards."""
+"""A study from its YAML file to its figures, and what is drawn of it afterwards."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
 from moshi_ttt.data.codes_file import CodesFormat, read_codes, write_codes
 from moshi_ttt.errors import UserError
 from moshi_ttt.model.source import ASSETS, open_source
 
-STUDY = importlib.import_module("recall_study")
+STUDY = importlib.import_module("study")
 FIGURE = importlib.import_module("recall_figure")
+MEASURED, SAY_COSTS = STUDY.StudyRun._measured, STUDY.StudyRun._say_costs
 MEMORY_STEPS = 2
 VARIANTS: list[dict[str, Any]] = [
     {"name": "base", "model": {"train": "lora", "context_steps": 375}},
     {"name": "memory", "steps": MEMORY_STEPS},
     {"name": "memory_seed1", "seed": 1, "steps": MEMORY_STEPS},
+    {"name": "memory_sinks", "weights": "memory", "model": {"sinks": 4}, "inner_rate": 0},
+    {"name": "memory_chunks", "weights": "memory", "run": {"chunk_sec": 1, "reprompt_sec": 0.4}},
 ]
+READ_OTHERWISE = ("memory_sinks", "memory_chunks")
+LEFT = ["base.json", "base_talk", "memory.json", "memory_talk", "trained"]
 
 
 def shortened(folder: Path, name: str, steps: int) -> str:
@@ -47,8 +54,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [shortened(folder, name, steps) for name, steps in lengths.items()]
     (folder / "data.jsonl").write_text("\n".join(lines))
     (folder / "study.yaml").write_text(yaml.safe_dump({"variants": VARIANTS}))
-    STUDY.main(arguments(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(STUDY.StudyRun, "_say_costs", lambda *_: None)
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(STUDY.StudyRun, "_measured", interrupted(MEASURED))
+            with pytest.raises(KeyboardInterrupt):
+                STUDY.main(arguments(folder))
+        assert sorted(path.name for path in (folder / "out").iterdir()) == LEFT
+        STUDY.main(arguments(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a variant costs is measured where that is looked at."""
+    monkeypatch.setattr(STUDY.StudyRun, "_say_costs", lambda *_: None)
+
+
+def interrupted(measured: Any) -> Any:
+    """Measuring stops after the second variant, whose weights the later ones have."""
+
+    def measure(self: Any, one: Any, trained_sec: float) -> Any:
+        if one.name == "memory_seed1":
+            raise KeyboardInterrupt
+        return measured(self, one, trained_sec)
+
+    return measure
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -56,6 +87,10 @@ def arguments(folder: Path, *more: str) -> list[str]:
         f"--study={folder}/study.yaml",
         f"--out={folder}/out",
         "--minutes=1",
+        "--talk_minutes=0.03",
+        "--run.prompts=1",
+        "--run.seeds=1",
+        "--run.prompt_sec=0.4",
         "--device=cpu",
         "--precision=32-true",
         "--model.context_steps=188",
@@ -80,7 +115,7 @@ def record(folder: Path, name: str) -> dict[str, Any]:
 
 def test_a_record_holds_recall_loss_and_loudness_of_its_variant(folder: Path) -> None:
     base, memory = record(folder, "base"), record(folder, "memory")
-    assert [one["variant"] for one in (base, memory)] == VARIANTS[:2]
+    assert [record(folder, one["name"])["variant"] for one in VARIANTS] == VARIANTS
     assert (base["context_steps"], base["context_sec"]) == (375, 30.0)
     assert (memory["context_steps"], memory["context_sec"]) == (188, 15.04)
     assert base["recall"].keys() == {"kept"}
@@ -100,9 +135,30 @@ def test_a_record_holds_recall_loss_and_loudness_of_its_variant(folder: Path) ->
     assert not (folder / "out/trained/base.safetensors").exists()
 
 
+def test_rows_upon_the_same_weights_differ_in_how_they_are_read_and_run(folder: Path) -> None:
+    memory, sinks, chunks = (record(folder, name) for name in ("memory", *READ_OTHERWISE))
+    assert [one["trained_sec"] > 0 for one in (memory, sinks, chunks)] == [True, False, False]
+    assert not list((folder / "out/trained").glob("memory_[!s]*"))
+    assert memory["gates"] == sinks["gates"] == chunks["gates"]
+    assert sinks["nll"]["text"] != memory["nll"]["text"]
+    # a memory that does not write has only what it began with
+    assert 0 <= sinks["talk"]["branch_ratio"] < 0.5 * memory["talk"]["branch_ratio"]
+    # read, it would be `memory`
+    assert (chunks["recall"], chunks["nll"]["text"], chunks["branch_ratios"]) == ({}, [], {})
+    slot = memory["talk"]["state_bytes"] - chunks["talk"]["state_bytes"]
+    assert slot == 0
+    kept = sinks["talk"]["state_bytes"] - memory["talk"]["state_bytes"]
+    assert kept == 4 * 6 * 2 * 256 * 4  # sinks, layers, keys and values, channels, bytes
+    assert memory["talk"]["branch_ratio"] > 0
+    assert memory["talk"]["step_ms"] > 0
+    quality = json.loads((folder / "out/memory_chunks_talk/quality.json").read_text())
+    assert "seams" in quality
+
+
 def test_seeds_read_other_clips(folder: Path) -> None:
     # from attention, nothing else is random
-    weights = [load_file(folder / f"out/trained/{one['name']}.safetensors") for one in VARIANTS[1:]]
+    trained = [one["name"] for one in VARIANTS if "steps" in one]
+    weights = [load_file(folder / f"out/trained/{name}.safetensors") for name in trained]
     assert weights[0].keys() == weights[1].keys()
     assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -113,16 +169,19 @@ def test_a_study_shows_its_variants_and_does_not_run_them_again(
     def fail(*_: object) -> None:
         raise AssertionError("it was finished")
 
-    table = (folder / "out/recall.md").read_text()
+    table = (folder / "out/study.md").read_text()
     assert (folder / "out/recall.png").stat().st_size > 10_000
+    assert (folder / "out/study.png").stat().st_size > 5_000
     rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| memory")]
-    assert rows.count("| memory") == len(rows) == 1 + 3 * 3
-    monkeypatch.setattr(STUDY, "_run", fail)
+    # at a glance, its training, recall of two classes with three memories, and three losses
+    assert rows.count("| memory") == rows.count("| memory_sinks") == 2 + 2 * 3 + 3
+    assert rows.count("| memory_chunks") == 2
+    monkeypatch.setattr(STUDY.StudyRun, "_train", fail)
     assert STUDY.main(arguments(folder)).keys() == {one["name"] for one in VARIANTS}
     assert "1 of 2 held-out recordings" in capsys.readouterr().out
     # what others ran is shown too
     STUDY.main(arguments(folder, "--only", "memory"))
-    assert (folder / "out/recall.md").read_text() == table
+    assert (folder / "out/study.md").read_text() == table
     with pytest.raises(UserError, match=r"--minutes=2: none of 2 .*has 1 whole minutes"):
         STUDY.main(arguments(folder, "--minutes=2"))
 
@@ -133,22 +192,30 @@ def test_what_was_trained_is_measured_again(folder: Path) -> None:
     assert not list((folder / "again").rglob("*.safetensors"))
     for name in ("base", "memory"):
         found = json.loads((folder / f"again/{name}.json").read_text())
-        assert found == record(folder, name)
+        before = record(folder, name)
+        # the clock's part of it
+        del found["talk"]["step_ms"], before["talk"]["step_ms"]
+        assert found == before
     elsewhere = [f"--out={folder}/x", f"--trained={folder}/again", "--only", "memory"]
     with pytest.raises(UserError, match=r"--trained .*again: .*memory\.saf.* not trained"):
         STUDY.main(arguments(folder, *elsewhere))
 
 
-def test_one_machine_trains_and_another_measures(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_machine_trains_and_another_measures_once_it_is_known_what_that_takes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(STUDY.StudyRun, "_say_costs", SAY_COSTS)
     there = [f"--out={folder}/there", "--only", "memory"]
     with monkeypatch.context() as patch:
-        patch.setattr(STUDY, "_measured", None)
+        patch.setattr(STUDY.StudyRun, "_measured", None)
         assert STUDY.main(arguments(folder, *there, "--train_only")) == {}
     assert [path.name for path in (folder / "there").iterdir()] == ["trained"]
-    monkeypatch.setattr(STUDY.Trainer, "fit", None)
+    said = capsys.readouterr().out
+    assert re.search(r"memory: \d+\.\d min \(training \d+\.\d\)\n  together: about", said)
+    monkeypatch.setattr(Trainer, "fit", None)
     found = STUDY.main(arguments(folder, *there))["memory"]
+    said = capsys.readouterr().out
+    assert re.search(r"memory: \d+\.\d min \(reading \d+\.\d, talking \d+\.\d\)", said)
     assert found["trained_sec"] > 0
     assert found["recall"] == record(folder, "memory")["recall"]
 
@@ -179,3 +246,13 @@ def test_variants_are_drawn_from_what_was_measured(
     (tmp_path / "base.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"base\.json lacks branch_ratios.*start the study again"):
         FIGURE.main([str(tmp_path)])
+
+
+def test_what_cannot_be_is_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("variants: [{name: x, steps: 1, model: {sinks: 188}}]")
+    with pytest.raises(UserError, match=r"variant x\.model\.sinks=188 must be"):
+        STUDY.main(arguments(folder, f"--study={tmp_path}/study.yaml", f"--out={tmp_path}/out"))
+    silent = [f"--out={tmp_path}/out", "--talk_minutes=0"]
+    with pytest.raises(UserError, match=r"memory_chunks\.run\.chunk_sec=1 with --talk_minutes=0"):
+        STUDY.main(arguments(folder, *silent))
+    assert not (tmp_path / "out").exists()
