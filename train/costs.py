@@ -71,8 +71,7 @@ def talking_sec(
     talked = talk(lm, source, codec, recordings, few, label="pace", trained_steps=None)
     started_sec = time.monotonic()
     if lm.card <= codec.cardinality:
-        # what is kept is less, and what is listened to around positions and seams comes to it
-        talked.sound(codec, len(talked.trace.streams))
+        talked.sound(codec)
     sound_sec = time.monotonic() - started_sec
     again = run.reprompt_sec / run.chunk_sec if run.chunk_sec else 0.0
     generated_sec = float(np.nanmedian(talked.trace.step_ms)) / 1000 * talked.trace.steps
