@@ -36,7 +36,7 @@ def forward(
     lm: LMModel,
     codes: Tensor,
     heard: Sequence[bool] | None = None,
-    audio_steps: int | None = None,
+    audio: slice = slice(None),
     predicted: Sequence[bool] | None = None,
 ) -> LMOutput:
     """What `lm(codes)` gives wherever its mask is set, NaN elsewhere.
@@ -45,8 +45,8 @@ def forward(
         lm: in training or in eval mode, not streaming.
         codes: [B, 17, T]; -1 where nothing is known.
         heard: whether any audio is known in each row; None looks, and waits for the device.
-        audio_steps: how far audio is predicted, and so the length of its logits and their mask;
-            None predicts all of it.
+        audio: steps in a row whose audio is predicted, and so the length of its logits and their
+            mask.
         predicted: rows whose audio is predicted, none of which may be unheard; None: all that are
             heard.
     """
@@ -54,13 +54,16 @@ def forward(
     predicted = heard if predicted is None else predicted
     if not any(predicted) and not _others_wait_for_the_depformer(lm):
         if any(heard):
-            return text_forward(lm, codes)
-        return _with_text_alone(lm, codes, _read_silent(lm, _delayed(lm, codes)[:, :, :-1]))
+            text_logits = lm.forward_text(_delayed(lm, codes)[:, :, :-1])[1]
+        else:
+            text_logits = _read_silent(lm, _delayed(lm, codes)[:, :, :-1])
+        return _with_text_alone(lm, codes, text_logits, audio)
     own, delayed, known = Rows.of(lm).own, _delayed(lm, codes), codes != lm.zero_token_id
     out, text_logits = lm.forward_text(delayed[:, :, :-1])
-    mask, delays = known[:, own, :audio_steps].clone(), lm.delays[own]
-    ahead = mask.shape[-1] + max(delays)
-    out, sequence = out[:, :ahead], delayed[:, :, 1 : ahead + 1]
+    mask, delays = known[:, own, audio].clone(), lm.delays[own]
+    first, stop, _ = audio.indices(codes.shape[-1])
+    ahead = stop + max(delays)
+    out, sequence = out[:, first:ahead], delayed[:, :, first + 1 : ahead + 1]
     some = any(predicted) and not all(predicted)
     rows = indices(predicted, codes.device) if some else None
     if rows is not None:
@@ -83,11 +86,13 @@ def forward(
 
 def text_forward(lm: LMModel, codes: Tensor) -> LMOutput:
     """What `lm(codes)` gives for the text; audio logits are NaN and masked, and cost nothing."""
-    return _with_text_alone(lm, codes, lm.forward_text(_delayed(lm, codes)[:, :, :-1])[1])
+    text_logits = lm.forward_text(_delayed(lm, codes)[:, :, :-1])[1]
+    return _with_text_alone(lm, codes, text_logits, slice(None))
 
 
-def _with_text_alone(lm: LMModel, codes: Tensor, text_logits: Tensor) -> LMOutput:
-    shape = len(codes), lm.dep_q, codes.shape[-1]
+def _with_text_alone(lm: LMModel, codes: Tensor, text_logits: Tensor, audio: slice) -> LMOutput:
+    first, stop, _ = audio.indices(codes.shape[-1])
+    shape = len(codes), lm.dep_q, stop - first
     logits = text_logits.new_full((1, 1, 1, 1), float("nan")).expand(*shape, lm.card)
     mask = torch.zeros(shape, dtype=torch.bool, device=codes.device)
     return LMOutput(logits, mask, text_logits, codes[:, Rows.of(lm).text] != lm.zero_token_id)

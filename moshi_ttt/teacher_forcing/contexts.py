@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moshi.models.lm import LMModel
+from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 
 from moshi_ttt.clock import Clock
@@ -17,7 +17,6 @@ from moshi_ttt.model.forward import forward
 from moshi_ttt.progress import progress
 from moshi_ttt.rows import GROUPS
 from moshi_ttt.teacher_forcing.nll import PositionNLL
-from moshi_ttt.teacher_forcing.recordings import cut
 
 BATCH = 4
 
@@ -49,7 +48,9 @@ def nll_by_position(
     for first in batches:
         codes = torch.stack(list(pieces[first : first + BATCH])).to(lm.device)
         counted = slice(skip_steps, None)
-        metric.update(lm, cut(forward(lm, codes), counted), codes[..., counted])
+        output = forward(lm, codes, audio=counted)
+        text = output.text_logits[:, :, counted], output.text_mask[:, :, counted]
+        metric.update(lm, LMOutput(output.logits, output.mask, *text), codes[..., counted])
     return metric.record()
 
 

@@ -88,7 +88,7 @@ def read_teacher_forced(
             wanted = max(steps, probed_steps(recording, MAX_READ_STEPS))
             codes = recording.codes[None, :, :wanted].to(lm.device)
             with memory_swapped(lm) as swaps:
-                output = forward(lm, codes, audio_steps=steps)
+                output = forward(lm, codes, audio=slice(steps))
             ends.append(memory_after(swaps))
             recall.update(lm, output, codes, recording.probes)
             if recording.steps >= least:

@@ -40,9 +40,17 @@ def test_it_gives_what_moshi_gives_wherever_something_is_known(
     assert got.logits.shape == expected.logits.shape
 
 
-@pytest.mark.parametrize("audio_steps", [1, 7, 19, 20])
-def test_audio_is_predicted_as_far_as_asked_and_text_throughout(
-    make_lm: MakeLM, audio_steps: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("audio", "steps"),
+    # the codebooks behind the first come a step later
+    [
+        *((slice(1), 2), (slice(7), 8), (slice(19), 20), (slice(20), 20)),
+        *((slice(3, 7), 5), (slice(12, None), 8), (slice(-1, None), 1)),
+    ],
+    ids=str,
+)
+def test_audio_is_predicted_where_it_is_asked_for_and_text_throughout(
+    make_lm: MakeLM, audio: slice, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, codes = make_lm().eval().requires_grad_(False), codes_with_silent_rows([False, True])
     whole = forward(lm, codes)
@@ -53,14 +61,13 @@ def test_audio_is_predicted_as_far_as_asked_and_text_throughout(
         return depformer_logits(lm, sequence, out)
 
     monkeypatch.setattr("moshi_ttt.model.forward.depformer_logits", count)
-    got = forward(lm, codes, audio_steps=audio_steps)
-    # the codebooks behind the first come a step later
-    assert lengths == [min(audio_steps + 1, 20)]
+    got = forward(lm, codes, audio=audio)
+    assert lengths == [steps]
     assert torch.equal(got.text_logits, whole.text_logits)
     assert torch.equal(got.text_mask, whole.text_mask)
-    assert torch.equal(got.mask, whole.mask[..., :audio_steps])
+    assert torch.equal(got.mask, whole.mask[..., audio])
     known = got.logits[got.mask]
-    torch.testing.assert_close(known, whole.logits[:, :, :audio_steps][got.mask])
+    torch.testing.assert_close(known, whole.logits[:, :, audio][got.mask])
 
 
 @pytest.mark.parametrize("silent", [[False, True], [False, False]], ids=str)
