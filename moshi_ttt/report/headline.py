@@ -28,11 +28,8 @@ READ_WITH = {
     "reset": " with the memory emptied",
     "other": " with another conversation's",
 }
-VERDICTS = {
-    "used": "The memory is used: with it more is right than without.",
-    "not shown": "That the memory is used is not shown: without it as much is right.",
-    "no memory": "",
-}
+USED = "The memory is used{}: with it more is right than without."
+NOT_SHOWN = "That the memory is used is not shown: not clearly more is right with it than without."
 
 
 def headline(evaluation: Evaluation, trace: Trace) -> list[str]:
@@ -57,14 +54,22 @@ def _recall(recalls: Recalls | None, trace: Trace) -> list[str]:
     if not groups:
         return [f"Nothing was asked for that attention, which sees {window_sec:.0f} s, had lost."]
     lines = [_answers(recalls, group, pools[group], window_sec) for group in groups]
-    if verdict := VERDICTS[memory_verdict(pools.get(EVERYONE, {}))]:
-        lines.append(verdict)
-    return lines
+    together = memory_verdict(pools.get(EVERYONE, {}))
+    if together == "no memory":
+        return lines
+    used = [group for group in groups if memory_verdict(pools[group]) == "used"]
+    if 0 < len(used) < len(groups):
+        return [*lines, USED.format(f" for what {_and([_who(group) for group in used])}")]
+    return [*lines, USED.format("") if used or together == "used" else NOT_SHOWN]
+
+
+def _who(group: str) -> str:
+    """Who had said the facts of a group."""
+    return "Moshi had said" if "own" in group else "only the user had said"
 
 
 def _answers(recalls: Recalls, group: str, pool: Mapping[str, Share], window_sec: float) -> str:
     """Share of the answer words that are right with each memory, in all and a minute later."""
-    who = "Moshi had said" if "own" in group else "only the user had said"
     shares = [
         f"{one.share:.0%} [{one.interval[0]:.0%}, {one.interval[1]:.0%}]"
         f"{' are right' * (memory == 'kept')}{READ_WITH[memory] * (len(pool) > 1)}"
@@ -75,8 +80,8 @@ def _answers(recalls: Recalls, group: str, pool: Mapping[str, Share], window_sec
     at = min(lost, key=lambda bin: abs(kept["gap_sec"][bin] - ASKED_SEC))
     then = _and([f"{recalls[memory][group]['accuracy'][at]:.0%}" for memory in pool])
     return (
-        f"Recall of what {who}, once attention (the last {window_sec:.0f} s) no longer holds it: "
-        f"of {pool['kept'].words:g} answer words {_and(shares)} "
+        f"Recall of what {_who(group)}, once attention (the last {window_sec:.0f} s) no longer "
+        f"holds it: of {pool['kept'].words:g} answer words {_and(shares)} "
         f"(guessing: {kept['chance'][at]:.0%}); "
         f"about {kept['gap_sec'][at]:g} s later {then} of {kept['words'][at]:g}."
     )

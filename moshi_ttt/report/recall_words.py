@@ -66,10 +66,8 @@ def _controls(shares: Mapping[str, Share], pools: Mapping[str, Mapping[str, Shar
     said = {"reset": "taken away just before the question", "other": "of another conversation"}
     given = [f"{percent(shares[one])} with a memory {said[one]}" for one in said if one in shares]
     sentences = [f"The same questions beyond the window: {', '.join(given)}."]
-    if verdict == "used":
-        used = [
-            group for group in CLASSES if group in pools and memory_verdict(pools[group]) == "used"
-        ]
+    used = [group for group in CLASSES if memory_verdict(pools.get(group, {})) == "used"]
+    if used or verdict == "used":
         of = f" (shown for {' and '.join(used)} facts)" if used else ""
         return [*sentences, f"So the memory is used{of}."]
     missing = [one for one in said if one not in shares]

@@ -62,7 +62,7 @@ def test_a_memory_that_is_used_is_said_to_be_with_both_controls_and_chance(say: 
     )
     assert heard.startswith("Recall of what only the user had said, once attention")
     assert heard.endswith("about 60 s later 20%, 20% and 20% of 40.")
-    assert verdict.startswith("The memory is used: ")
+    assert verdict.startswith("The memory is used for what Moshi had said: ")
 
 
 def test_a_memory_that_does_not_beat_both_controls_is_not_shown_to_be_used(say: Any) -> None:
