@@ -33,8 +33,8 @@ NOT_SHOWN = "That the memory is used is not shown: not clearly more is right wit
 
 
 def headline(evaluation: Evaluation, trace: Trace) -> list[str]:
-    """What one evaluation showed, a sentence each: recall by who had said it, whether the memory is
-    used; loss by minutes; norms; what the memory adds; speed. What was not measured is left out.
+    """What one evaluation showed, a sentence each: whether the memory is used, recall by who had
+    said it; loss by minutes; norms; what the memory adds; speed. What was not measured is left out.
     """
     return [
         *_recall(evaluation.recall, trace),
@@ -45,7 +45,7 @@ def headline(evaluation: Evaluation, trace: Trace) -> list[str]:
 
 
 def _recall(recalls: Recalls | None, trace: Trace) -> list[str]:
-    """What is answered beyond the window with each memory, and whether the memory is used."""
+    """Whether the memory is used, and what is answered beyond the window with each memory."""
     if recalls is None:
         return ["No planted fact was asked for."]
     window_sec = trace.clock.seconds(trace.context_steps)
@@ -59,8 +59,8 @@ def _recall(recalls: Recalls | None, trace: Trace) -> list[str]:
         return lines
     used = [group for group in groups if memory_verdict(pools[group]) == "used"]
     if 0 < len(used) < len(groups):
-        return [*lines, USED.format(f" for what {_and([_who(group) for group in used])}")]
-    return [*lines, USED.format("") if used or together == "used" else NOT_SHOWN]
+        return [USED.format(f" for what {_and([_who(group) for group in used])}"), *lines]
+    return [USED.format("") if used or together == "used" else NOT_SHOWN, *lines]
 
 
 def _who(group: str) -> str:
