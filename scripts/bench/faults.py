@@ -124,10 +124,11 @@ def _run(
 
 def _check_stop(signum: signal.Signals, status: int, lasted_sec: float, errors: str) -> None:
     """Leave with what is wrong with how a run stopped, if anything is."""
-    # before it listens, a signal ends Python as the system has it; or the run just ended by itself
-    # and what falls into a finalizer is printed, and sent again
+    if status == -signum:
+        return  # while it is loaded, Python ends as it always does
+    # what falls into a finalizer is printed, and sent again
     tracebacks = errors.count("Traceback") - errors.count("Exception ignored")
-    if status not in (128 + signum, -signum, 0) or tracebacks > 0:
+    if status not in (128 + signum, 0) or tracebacks > 0:
         raise SystemExit(f"{signum.name} ended the run with status {status}:\n{errors[-2000:]}")
     if lasted_sec > STOPS_WITHIN_SEC:
         raise SystemExit(f"{signum.name} ended the run after {lasted_sec:.1f} s")
