@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from moshi_ttt.model.build import recompute_layers, trainable_groups
+from moshi_ttt.model.build import recompute_layers
 from moshi_ttt.model.hybrid import observe_branches
+from moshi_ttt.model.weights import trainable_weights
 from moshi_ttt.rows import Rows
 from moshi_ttt.teacher_forcing.losses import read_clips
 
@@ -45,8 +46,7 @@ def choose_checkpointing(module: Any, trainer: Trainer) -> None:
 
 def _peak_bytes(module: Any, trainer: Trainer, codes: Tensor) -> int | None:
     """What a step on clips [B, K, T] takes, forward and backward; None if that is too much."""
-    groups = trainable_groups(module.lm).values()
-    parameters = [parameter for group in groups for parameter in group.values()]
+    parameters = [*trainable_weights(module.lm).values()]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(codes.device)
     torch.cuda.set_per_process_memory_fraction(USABLE, codes.device)
