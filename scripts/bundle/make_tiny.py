@@ -124,6 +124,8 @@ def begin(folder: Path, seed: int) -> None:
 def finish(folder: Path, trained: Path) -> None:
     """Write what a run trained into the folder: Moshi's own weights in bf16, or a memory in fp16.
 
+    Adapters that were trained with a memory lie in its file.
+
     Raises:
         UserError: the file holds neither, or belongs to another base.
     """
@@ -131,7 +133,7 @@ def finish(folder: Path, trained: Path) -> None:
     if config.train == "base":
         _write(folder / FILES["moshi_name"], _stored(lm, torch.bfloat16))
         parameters = sum(p.numel() for p in open_source(str(folder)).lm().parameters())
-    elif config.train == "memory":
+    elif config.train in ("memory", "memory+lora"):
         weights = trainable_weights(lm)
         halves = {name: weight.half() for name, weight in weights.items()}
         # by the name that the base has wherever it lies
@@ -140,7 +142,8 @@ def finish(folder: Path, trained: Path) -> None:
         parameters = sum(weight.numel() for weight in weights.values())
     else:
         raise UserError(
-            f"{trained} was trained with model.train={config.train}; use `base` or `memory`"
+            f"{trained} was trained with model.train={config.train}; use base, memory or "
+            "memory+lora"
         )
     print(
         f"{folder}: {parameters:,} parameters, trained on clips of "

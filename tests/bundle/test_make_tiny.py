@@ -36,11 +36,12 @@ def trained(folder: Path, path: Path, train: Trained) -> dict[str, torch.nn.Para
     return weights
 
 
+@pytest.mark.parametrize("train", ["memory", "memory+lora"])
 def test_a_memory_lies_beside_its_base_and_is_that_of_the_bundled_model(
-    folder: Path, tmp_path: Path
+    train: Trained, folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "last.safetensors"
-    weights = trained(folder, path, "memory")
+    weights = trained(folder, path, train)
     finish(folder, path)
     left = read_trained(folder / "memory.safetensors")
     assert left.config.source == "tiny"
@@ -55,5 +56,5 @@ def test_a_memory_lies_beside_its_base_and_is_that_of_the_bundled_model(
 def test_what_is_neither_a_base_nor_a_memory_is_refused(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     trained(folder, path, "lora")
-    with pytest.raises(UserError, match=r"model\.train=lora; use `base` or `memory`"):
+    with pytest.raises(UserError, match=r"model\.train=lora; use base, memory or"):
         finish(folder, path)
