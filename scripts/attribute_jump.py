@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,14 @@ from moshi_ttt.attribution.cells import (
 )
 from moshi_ttt.attribution.conditions import Cell, Condition
 from moshi_ttt.attribution.evidence import Evidence
-from moshi_ttt.attribution.matrix import MatrixConfig, conditions
+from moshi_ttt.attribution.matrix import (
+    MatrixConfig,
+    conditions,
+    least_capacity,
+    usual_capacities,
+)
 from moshi_ttt.attribution.verdict import Verdict, judge
+from moshi_ttt.clock import Clock
 from moshi_ttt.command_line import add_device, add_held_out, add_subjects, parse, program_parser
 from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.data.bundled import bundled_held_out
@@ -69,7 +76,7 @@ def main(args: list[str] | None = None) -> Verdict:
     subject = open_subject(models[0], options.device, dtype=options.dtype, base=options.base)
     source, clock = subject.source, subject.source.clock
     with settings_at("matrix"):
-        matrix = _matrix(vars(given), options.quick, subject.lm)
+        matrix = _matrix(vars(given), options.quick, subject.lm, clock)
         prompt_steps = clock.steps(matrix.prompt_sec)
         matrix.check_prompt(prompt_steps)
     manifest = options.manifest or bundled_held_out(source)
@@ -154,12 +161,14 @@ def _steps_per_sec(
     return (len(times) - 1 - warm) / max(times[-1] - times[warm], 1e-9)
 
 
-def _matrix(given: dict[str, Any], quick: bool, lm: LMModel) -> MatrixConfig:
+def _matrix(given: dict[str, Any], quick: bool, lm: LMModel, clock: Clock) -> MatrixConfig:
     assert lm.context is not None
-    # the model's own ring is the largest: a longer one would attend further than it ever did
-    sizes = (1 / 4, 3 / 8, 1 / 2) if quick else (1 / 2, 3 / 4, 1)
-    usual: dict[str, Any] = {"capacities": tuple(round(size * lm.context) for size in sizes)}
-    return MatrixConfig(quick=quick, **(usual | (QUICK if quick else {}) | given))
+    settings = {"capacities": (lm.context,)} | (QUICK if quick else {}) | given
+    matrix = MatrixConfig(quick=quick, **settings)
+    if "capacities" in given:
+        return matrix
+    least = least_capacity(clock.steps(matrix.prompt_sec))
+    return replace(matrix, capacities=usual_capacities(lm.context, least, quick))
 
 
 def _models(options: Any) -> list[str | Path]:
@@ -207,7 +216,8 @@ def _parser() -> ArgumentParser:
     add(
         "--matrix.capacities",
         type=tuple[int, ...],
-        help="Ring capacities C in steps; null: half, three quarters and all of the model's.",
+        help="Ring capacities C in steps; null: half, three quarters and all of the model's, "
+        "or as near to it as its window allows.",
     )
     parser.add_class_arguments(MatrixConfig, "matrix", skip={"capacities", "quick"})
     return parser

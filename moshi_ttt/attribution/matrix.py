@@ -63,7 +63,7 @@ class MatrixConfig:
         Raises:
             SettingError: the smallest ring turns before its surroundings can be compared.
         """
-        least = prompt_steps + FIRST_PLACE_STEPS
+        least = least_capacity(prompt_steps)
         check_setting(
             min(self.capacities) >= least,
             "capacities",
@@ -71,6 +71,27 @@ class MatrixConfig:
             f"turns too early: with a prompt of {prompt_steps} steps a change can be seen from "
             f"step {least} on; raise the smallest capacity to that, or lower prompt_sec",
         )
+
+
+def least_capacity(prompt_steps: int) -> int:
+    """Steps a ring needs so that its first eviction has enough before it to be compared with."""
+    return prompt_steps + FIRST_PLACE_STEPS
+
+
+def usual_capacities(context: int, least: int, quick: bool = False) -> tuple[int, int, int]:
+    """The ring capacities of a matrix that names none.
+
+    Args:
+        context: the model's own capacity, which is the largest: with a longer ring it would attend
+            further than it ever did.
+        least: what `least_capacity` says; half of a short window is less.
+        quick: half as large ones.
+    """
+    smallest = context / (4 if quick else 2)
+    if smallest < least < context:
+        smallest = least
+    largest = min(2 * smallest, context)
+    return round(smallest), round((smallest + largest) / 2), round(largest)
 
 
 def conditions(

@@ -22,7 +22,12 @@ from moshi_ttt.attribution.cells import (
     weights_fingerprint,
 )
 from moshi_ttt.attribution.conditions import Condition
-from moshi_ttt.attribution.matrix import MatrixConfig, conditions
+from moshi_ttt.attribution.matrix import (
+    MatrixConfig,
+    conditions,
+    least_capacity,
+    usual_capacities,
+)
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
@@ -152,6 +157,24 @@ def test_a_matrix_that_shows_nothing_is_refused(setting: dict[str, Any], message
         MatrixConfig(**{"capacities": (188, 281, 375)} | setting)
     with pytest.raises(UserError, match="prompt"):
         MATRIX.check_prompt(150)
+
+
+@pytest.mark.parametrize(
+    ("context", "quick", "expected"),
+    [
+        (375, False, (188, 281, 375)),
+        (375, True, (94, 141, 188)),
+        (188, False, (113, 150, 188)),  # the window of the recipes: half of it is too short
+        (188, True, (88, 132, 176)),
+    ],
+)
+def test_unless_it_is_said_rings_are_as_short_as_can_be_compared(
+    context: int, quick: bool, expected: tuple[int, ...]
+) -> None:
+    prompt_steps = 25 if quick else 50
+    capacities = usual_capacities(context, least_capacity(prompt_steps), quick)
+    assert capacities == expected
+    MatrixConfig(capacities=capacities).check_prompt(prompt_steps)
 
 
 def test_the_script_ends_in_a_verdict_and_keeps_what_is_finished(
