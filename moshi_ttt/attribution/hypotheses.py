@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from moshi_ttt.attribution.changepoint import MIN_LOG_RATIO, UNKNOWN, Interval, presence
 from moshi_ttt.attribution.conditions import Condition
 from moshi_ttt.attribution.evidence import Evidence
@@ -59,19 +61,25 @@ def _eviction(evidence: Evidence, turns: int, name: str) -> Finding:
     """A change at `turns` x C for every capacity, gone with sinks."""
     place = "C" if turns == 1 else f"{turns}C"
     effects: dict[str, Interval] = {}
-    missing = []
-    seen = True
-    for capacity, condition in evidence.references.items():
-        rise = evidence.interval(evidence.rise_at(condition, turns * capacity))
-        effects[f"log_ratio_at_{place}/C={capacity}"] = rise
-        # absent is what could not be half of the change that is there elsewhere
-        least = MIN_LOG_RATIO
-        if evidence.change == "step":
-            sizes = [one.log_ratio.value for one in evidence.located]
-            least = max(least, min(sizes) / 2)
-        if rise.known and rise.high < least:
-            missing.append(f"no rise at {place} with C = {capacity}: x{rise.exp().text()}")
-        seen = seen and presence(rise) == "present"
+    # absent is what could not be half of the change that is there elsewhere
+    least = MIN_LOG_RATIO
+    if evidence.change == "step":
+        least = max(least, min(one.log_ratio.value for one in evidence.located) / 2)
+    rises = {c: evidence.rise_at(one, turns * c) for c, one in evidence.references.items()}
+    found = {c: evidence.interval(rise) for c, rise in rises.items()}
+    effects |= {f"log_ratio_at_{place}/C={capacity}": rise for capacity, rise in found.items()}
+    missing = [
+        f"no rise at {place} with C = {capacity}: x{rise.exp().text()}"
+        for capacity, rise in found.items()
+        if rise.known and rise.high < least
+    ]
+    # it is predicted for every capacity, and all of them together say more than each
+    together = effects[f"log_ratio_at_{place}"] = evidence.interval(
+        np.mean(list(rises.values()), axis=0)
+    )
+    if not missing and together.known and together.high < least:
+        missing.append(f"no rise at {place} over all capacities: x{together.exp().text()}")
+    seen = all(presence(rise) == "present" for rise in found.values())
     slope = effects["slope"] = evidence.slope
     sunk = _changed(evidence, sinks=True)
     left = evidence.remaining(sunk) if evidence.change == "step" else UNKNOWN

@@ -21,9 +21,9 @@ class MatrixConfig:
     """First positions that are kept, in the cells with sinks."""
     starts: tuple[int, ...] = (100, 5000)
     """Start positions, at the middle capacity; one shorter than the run tells a shift apart."""
-    prompts: int = 3
+    prompts: int = 9
     """Starting points in the held-out recordings."""
-    seeds: int = 3
+    seeds: int = 1
     """Random continuations of each."""
     prompt_sec: float = 4.0
     """Seconds forced before the model runs free."""

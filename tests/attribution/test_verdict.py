@@ -171,6 +171,15 @@ def test_data_that_cannot_tell_leave_it_undecided(rise: Rise, true: str | None, 
         assert result.decision(ABSOLUTE) == "undecided"
 
 
+def test_what_no_capacity_tells_alone_they_may_tell_together() -> None:
+    finding = verdict(world(nothing, sd=0.2, seed=6, prompts=9, seeds=1)).findings[1]
+    assert (finding.hypothesis, finding.decision) == (LINEAGE, "refuted")
+    assert finding.reasons[0].startswith("no rise at 2C over all capacities: x1.03")
+    for seed in SEEDS:  # and what is there is not averaged away
+        there = world(lambda one: 0.4 * lineage(one), sd=0.12, seed=seed, prompts=9, seeds=1)
+        assert verdict(there).decision(LINEAGE) != "refuted"
+
+
 def test_two_streams_of_one_prompt_decide_nothing() -> None:
     few = verdict(world(lineage, prompts=1, seeds=2))
     assert {one.decision for one in few.findings} == {"undecided"}, few.text()
