@@ -62,7 +62,8 @@ def log_from(level: LogLevel, *others: str) -> None:
             "disable_existing_loggers": False,
             "formatters": {"plain": {"format": "%(levelname)s: %(message)s"}},
             "handlers": {"lines": {"()": LinesBesideBars, "formatter": "plain"}},
-            "loggers": {"moshi_ttt": ours, "train": ours},
+            # LoRA imports bitsandbytes, which on some CPUs asks for a package of no use here
+            "loggers": {"moshi_ttt": ours, "train": ours, "bitsandbytes": {"level": "ERROR"}},
         }
     )
     for name in others:  # they have handlers of their own

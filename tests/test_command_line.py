@@ -54,6 +54,8 @@ def test_the_log_begins_at_the_level_asked_for(
     logger.warning("b")
     assert capsys.readouterr().err == seen
     assert "log_level" not in options  # what is done does not depend on it
+    # nor is anything heard of what a library would like to have installed
+    assert not logging.getLogger("bitsandbytes.backends.cpu").isEnabledFor(logging.WARNING)
 
 
 def test_sources_are_names_and_checkpoints_are_paths() -> None:
