@@ -152,8 +152,10 @@ def _steps_per_sec(
 ) -> float:
     """Measured on the first steps of the cell that runs next, after a few to warm up."""
     times: list[float] = []
-    short = Streams(
-        streams.codes[..., :TRIAL_STEPS], streams.silence, streams.prompt_steps, streams.seeds
+    short = replace(
+        streams,
+        codes=streams.codes[..., :TRIAL_STEPS],
+        user_speaks=streams.user_speaks[:, :TRIAL_STEPS],
     )
     timed = EachStep(lambda _: times.append(time.monotonic()))
     run_cell(lm, controls, condition, short, seed=seed, observers=[timed])
@@ -197,9 +199,16 @@ def _streams(
             "teacher-forced cells are left out, and drift stays undecided"
         )
     starts = choose_prompts(recordings, matrix.prompts, matrix.steps if forced else prompt_steps)
-    silence = silence_codes(source.codec(), source.clock, Rows.of(lm).user_codebooks).cpu()
+    codec, rows = source.codec(), Rows.of(lm)
+    silence = silence_codes(codec, source.clock, rows.user_codebooks).cpu()
     streams = streams_from(
-        starts, silence, steps=matrix.steps, prompt_steps=prompt_steps, seeds=matrix.seeds
+        starts,
+        silence,
+        steps=matrix.steps,
+        prompt_steps=prompt_steps,
+        seeds=matrix.seeds,
+        codec=codec,
+        rows=rows,
     )
     return streams, forced
 

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from torch import Tensor, nn
 
+from moshi_ttt.attribution.activity import moshi_speaks, user_speaks
 from moshi_ttt.attribution.conditions import Cell, Condition
+from moshi_ttt.diagnosis.listening import decode
 from moshi_ttt.files import write_atomic, write_json
 from moshi_ttt.generation.generate import borrowed, generate
 from moshi_ttt.generation.observer import Observer
@@ -34,6 +37,7 @@ class Streams:
 
     codes: Tensor  # [P, 17, T] recordings from their starting points; -1 where nothing is known
     silence: Tensor  # [K_user, 1] codes of a silent user
+    user_speaks: np.ndarray  # [P, T] as `activity.user_speaks` has it
     prompt_steps: int
     seeds: int
 
@@ -47,6 +51,19 @@ class Streams:
         digest = hashlib.sha256(self.codes.contiguous().numpy().tobytes())
         digest.update(self.silence.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def speaking(self, condition: Condition, text: np.ndarray, lm: LMModel) -> np.ndarray:
+        """Who speaks under a condition in which Moshi says `text` [S, T'], [S, 2, T].
+
+        The last step's text is not known yet, and taken for that of the step before.
+        """
+        user = np.repeat(self.user_speaks, self.seeds, axis=0)
+        if condition.regime == "silent":
+            user[:, self.prompt_steps :] = 0.0
+        padding_ids = lm.text_padding_token_id, lm.end_of_text_padding_id
+        own = moshi_speaks(text, padding_ids)
+        missing = user.shape[-1] - own.shape[-1]
+        return np.stack([np.pad(own, ((0, 0), (0, missing)), mode="edge"), user], axis=1)
 
     def batch(self, condition: Condition, rows: Rows) -> tuple[Tensor, Tensor]:
         """Forced codes [S, 17, P] and user [S, K_user, T]; one row a prompt where all is forced."""
@@ -67,9 +84,14 @@ def streams_from(
     steps: int,
     prompt_steps: int,
     seeds: int,
+    codec: MimiModel,
+    rows: Rows,
 ) -> Streams:
     """Cut the recordings; what a recording lacks at its end is unknown (-1)."""
-    return Streams(cut_recordings(starts, steps), silence, prompt_steps, seeds)
+    codes = cut_recordings(starts, steps)
+    sound = decode(codec, user_codes(codes, silence, rows).numpy())
+    speaks = user_speaks(sound, codec.frame_size)
+    return Streams(codes, silence, speaks, prompt_steps, seeds)
 
 
 class _ForcedNLL(Observer):
@@ -147,15 +169,18 @@ def run_cell(
         borrowed(lm, seed),
         gates_forced_to_zero(lm) if condition.gates_shut else nullcontext(),
     ):
-        generate(lm, forced, user, observers=[*watching, *observers])
+        said = generate(lm, forced, user, observers=[*watching, *observers])
+    text = said[:, 0].cpu().numpy()
     norm = recorder.arrays()["input_norm"]
     nll = None
     if forced_nll is not None:
         norm = np.repeat(norm, streams.seeds, axis=0)
         nll = np.repeat(forced_nll.array(), streams.seeds, axis=0)
+        text = np.repeat(text, streams.seeds, axis=0)
     with np.errstate(divide="ignore"):
         log_norm = np.log(norm)
-    return Cell(condition, log_norm, streams.prompts, streams.prompt_steps, nll)
+    speaking = streams.speaking(condition, text, lm)
+    return Cell(condition, log_norm, streams.prompts, streams.prompt_steps, nll, speaking)
 
 
 def weights_fingerprint(lm: LMModel) -> str:
@@ -169,9 +194,11 @@ def weights_fingerprint(lm: LMModel) -> str:
 def save_cell(folder: Path, cell: Cell, settings: dict[str, Any]) -> None:
     """Write `NAME.npz`, then `NAME.json`, which marks the cell as finished."""
     stem = folder / cell.condition.name
-    arrays: dict[str, Any] = {"log_norm": cell.log_norm.astype(np.float32), "prompts": cell.prompts}
-    if cell.nll is not None:
-        arrays["nll"] = cell.nll.astype(np.float32)
+    arrays: dict[str, Any] = {"prompts": cell.prompts}
+    for name in ("log_norm", "nll", "speaking"):
+        values = getattr(cell, name)
+        if values is not None:
+            arrays[name] = values.astype(np.float32)
     write_atomic(
         stem.with_name(f"{stem.name}.npz"), lambda file: np.savez_compressed(file, **arrays)
     )
@@ -187,7 +214,8 @@ def load_cell(folder: Path, condition: Condition, settings: dict[str, Any]) -> C
         if record["settings"] != settings or record["condition"] != dataclasses.asdict(condition):
             return None
         with np.load(stem.with_name(f"{stem.name}.npz"), allow_pickle=False) as data:
+            log_norm, prompts, speaking = (data[one] for one in ("log_norm", "prompts", "speaking"))
             nll = data.get("nll")
-            return Cell(condition, data["log_norm"], data["prompts"], record["prompt_steps"], nll)
+            return Cell(condition, log_norm, prompts, record["prompt_steps"], nll, speaking)
     except (OSError, ValueError, KeyError):
         return None

@@ -63,6 +63,8 @@ class Cell:
     prompt_steps: int
     """Steps forced at the start; what happens up to there is left out."""
     nll: np.ndarray | None = None  # [S, 2, T] nats, text and first codebook; NaN without a token
+    speaking: np.ndarray | None = None
+    """[S, 2, T] how much of the time around each step Moshi and the user speak; None: unknown."""
 
     @property
     def first_step(self) -> int:

@@ -7,7 +7,7 @@ explanation from this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -100,6 +100,22 @@ class Evidence(Runs):
         """Log norm late in the run less early in it, over all reference runs."""
         rises = [growth(self.curve(one)) for one in self.references.values()]
         return self.interval(np.mean(rises, axis=0))
+
+    @cached_property
+    def growth_as_heard(self) -> Interval:
+        """The same with what follows who speaks."""
+        rises = [growth(self.heard_curve(one)) for one in self.references.values()]
+        return self.interval(np.mean(rises, axis=0))
+
+    @cached_property
+    def followed(self) -> float:
+        """Share of what the norm does within a stream that follows who speaks."""
+
+        def variance(of: Callable[[Condition], np.ndarray]) -> float:
+            curves = np.concatenate([of(one) for one in self.references.values()])
+            return float(np.nanmean(np.nanvar(curves, axis=1)))
+
+        return 1 - variance(self.curve) / variance(self.heard_curve)
 
     @cached_property
     def located(self) -> list[Location]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from moshi_ttt.attribution.activity import coupling
 from moshi_ttt.attribution.changepoint import (
     UNKNOWN,
     Interval,
@@ -46,6 +47,7 @@ class Runs:
             for condition in sorted(self._cells, key=lambda one: one.context_steps)
             if self._is_reference(condition) and condition.model == self.model
         }
+        self._usual, self._coupling = self._speaking()
         self.layer = self._most_changed_layer()
 
     def _is_reference(self, one: Condition) -> bool:
@@ -61,12 +63,40 @@ class Runs:
         return [one for one in self._cells if one.model == self.model and of(one)]
 
     def curve(self, condition: Condition) -> np.ndarray:
-        """Log norm of the examined layer after the prompt, [S, T']."""
+        """Log norm of the examined layer after the prompt, [S, T'].
+
+        Without what follows who speaks: as if that were always the same.
+        """
         return self._curve(condition, self.layer)
+
+    def heard_curve(self, condition: Condition) -> np.ndarray:
+        """The same as it was."""
+        return self._heard(self._cells[condition], self.layer)
+
+    def _heard(self, cell: Cell, layer: int) -> np.ndarray:
+        return np.asarray(cell.log_norm[:, layer, cell.first_step :], dtype=float)
 
     def _curve(self, condition: Condition, layer: int) -> np.ndarray:
         cell = self._cells[condition]
-        return np.asarray(cell.log_norm[:, layer, cell.first_step :], dtype=float)
+        heard = self._heard(cell, layer)
+        if cell.speaking is None:
+            return heard
+        more = cell.speaking[..., cell.first_step :] - self._usual[:, None]
+        return heard - np.einsum("a,sat->st", self._coupling[layer], more)
+
+    def _speaking(self) -> tuple[np.ndarray, np.ndarray]:
+        """How much is spoken in the references, [2], and how each layer's norm follows it, [L, 2].
+
+        Zeros if it is not known.
+        """
+        cells = [self._cells[one] for one in self.references.values()]
+        layers = cells[0].log_norm.shape[1]
+        talk = [one.speaking[..., one.first_step :] for one in cells if one.speaking is not None]
+        if len(talk) < len(cells):
+            return np.zeros(2), np.zeros((layers, 2))
+        speaking = np.concatenate(talk).astype(float)
+        norms = [np.concatenate([self._heard(one, i) for one in cells]) for i in range(layers)]
+        return speaking.mean(axis=(0, 2)), np.array([coupling(one, speaking) for one in norms])
 
     def first_step(self, condition: Condition) -> int:
         """Step of the first point of `curve`."""

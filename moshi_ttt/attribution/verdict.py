@@ -83,6 +83,11 @@ def _what(evidence: Evidence) -> str:
 
 def _observations(evidence: Evidence, clock: Clock) -> list[str]:
     lines = [f"examined: input norm of layer {evidence.layer}, where the change is largest"]
+    if evidence.followed:
+        lines.append(
+            f"{evidence.followed:.0%} of what it does follows who speaks, and is taken out; with "
+            f"it, late over early x{evidence.growth_as_heard.exp().text()}"
+        )
     for one in evidence.locations:
         if one.log_ratio.known:
             line = f"C = {one.context_steps}: rise at one place {one.presence}"

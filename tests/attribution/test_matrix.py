@@ -33,6 +33,7 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.hybrid import add_memory, hybrid_layers
 from moshi_ttt.model.sinks import AttentionControls
+from moshi_ttt.model.source import open_source
 from moshi_ttt.rows import Rows
 from moshi_ttt.teacher_forcing.losses import token_nll
 
@@ -44,7 +45,8 @@ MATRIX = MatrixConfig(capacities=(188, 281, 375))
 def streams() -> Streams:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (2, 17, STEPS), generator=generator)
-    return Streams(codes, torch.zeros(8, 1, dtype=torch.long), prompt_steps=5, seeds=2)
+    user_speaks = np.tile(np.linspace(0, 1, STEPS), (2, 1))
+    return Streams(codes, torch.zeros(8, 1, dtype=torch.long), user_speaks, prompt_steps=5, seeds=2)
 
 
 def cells_of(make_lm: MakeLM, *changes: Condition, memory: bool = False) -> list[Any]:
@@ -112,7 +114,16 @@ def test_forced_nll_is_that_of_the_training_forward(make_lm: MakeLM) -> None:
 def test_what_a_recording_lacks_is_unknown_and_heard_as_silence() -> None:
     recording = EncodedRecording("a", torch.ones(17, 20, dtype=torch.long))
     silence = torch.full((8, 1), 7)
-    cut = streams_from([(recording, 5)], silence, steps=30, prompt_steps=5, seeds=2)
+    cut = streams_from(
+        [(recording, 5)],
+        silence,
+        steps=30,
+        prompt_steps=5,
+        seeds=2,
+        codec=open_source("tiny").codec(),
+        rows=Rows(8, 8),
+    )
+    assert cut.user_speaks.shape == (1, 30)
     assert (cut.codes[..., 15:] == -1).all()
     prompt, user = cut.batch(Condition(context_steps=10), Rows(8, 8))
     assert prompt.shape == (2, 17, 5)

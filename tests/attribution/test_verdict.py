@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from synthetic_trace import noise
 
+from moshi_ttt.attribution.activity import coupling
 from moshi_ttt.attribution.changepoint import (
     Interval,
     contrasts,
@@ -178,6 +179,61 @@ def test_what_no_capacity_tells_alone_they_may_tell_together() -> None:
     for seed in SEEDS:  # and what is there is not averaged away
         there = world(lambda one: 0.4 * lineage(one), sd=0.12, seed=seed, prompts=9, seeds=1)
         assert verdict(there).decision(LINEAGE) != "refuted"
+
+
+def turns(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Who speaks, in turns of some seconds, [..., T] of 0 and 1."""
+    lengths = generator.integers(15, 80, size=(*shape[:-1], shape[-1] // 15 + 1))
+    number = np.cumsum(lengths, axis=-1)[..., None] <= np.arange(shape[-1])
+    return (number.sum(axis=-2) % 2).astype(float)
+
+
+def talked_over(cells: list[Cell], seed: int, to: float = -0.7) -> list[Cell]:
+    """The same with norms that follow who speaks, as those of the tiny Moshi do."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for cell in cells:
+        streams, _, steps = cell.log_norm.shape
+        speaking = turns(generator, (streams, 2, steps))
+        log_norm = cell.log_norm + to * speaking[:, :1] - 0.5 * to * speaking[:, 1:]
+        found.append(replace(cell, log_norm=log_norm, speaking=speaking))
+    return found
+
+
+@pytest.mark.parametrize("name", ["eviction", "lineage", "drift", "memory"])
+def test_what_follows_who_speaks_hides_nothing(name: str) -> None:
+    rise, true, _ = WORLDS[name]
+    cells = talked_over(world(rise, seed=1), seed=2)
+    result = verdict(cells)
+    assert result.supported == [true], result.text()
+    unknown = verdict([replace(cell, speaking=None) for cell in cells])
+    assert unknown.decision(true) == "undecided" or name in ("drift", "memory")
+
+
+def test_how_the_norm_follows_is_not_learned_from_a_change_that_stays() -> None:
+    generator = np.random.default_rng(0)
+    speaking = turns(generator, (9, 2, STEPS))
+    speaking[:, 0, 350:] = 1.0  # from the jump on, Moshi never stops
+    jump = 0.4 * (np.arange(STEPS) >= 350)
+    log_norm = -0.7 * speaking[:, 0] + 0.2 * speaking[:, 1] + jump
+    log_norm += noise(generator, (9, 1, STEPS), sd=0.06)[:, 0]
+    np.testing.assert_allclose(coupling(log_norm, speaking), [-0.7, 0.2], atol=0.08)
+    np.testing.assert_array_equal(coupling(log_norm, np.ones_like(speaking)), [0, 0])
+
+
+def test_a_model_that_only_falls_silent_has_no_jump() -> None:
+    cells = talked_over(world(nothing, seed=3), seed=4)
+    quiet = []
+    for cell in cells:
+        speaking = cell.speaking.copy()
+        speaking[:, 0, 400:] = 0.0
+        more = 0.7 * (cell.speaking[:, :1] - speaking[:, :1])
+        quiet.append(replace(cell, log_norm=cell.log_norm + more, speaking=speaking))
+    result = verdict(quiet)
+    assert result.change == "none", result.text()
+    assert "follows who speaks" in result.text()
+    heard = verdict([replace(cell, speaking=None) for cell in quiet])
+    assert heard.change != "none", "or there was nothing to be taken out"
 
 
 def test_two_streams_of_one_prompt_decide_nothing() -> None:
