@@ -251,7 +251,11 @@ class _Unit(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, given: torch.dtype) -> Tensor:
         # smooth at 0, unlike a clamped norm: a silent input gets no gradient of 1e12
         scale = torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-        unit = (x * scale).to(given)
+        unit = x * scale
+        if (
+            given != unit.dtype
+        ):  # torch 2.11 compiles a cast that changes nothing to a wrong gradient
+            unit = unit.to(given)
         ctx.save_for_backward(unit, scale)
         return unit
 
