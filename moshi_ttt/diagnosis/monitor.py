@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.diagnosis.quality import NAN, SILENT_RMS, audio_measures, codes_measures, said_again
+from moshi_ttt.diagnosis.quality import NAN, audio_measures, codes_measures, said_again
+from moshi_ttt.diagnosis.spectrum import SILENT_RMS
 
 WINDOW_SEC = 5.0
 LOOK_BACK_SEC = 20.0  # how long ago something may have been said to be said again

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
+from moshi_ttt.diagnosis.spectrum import FFT_SAMPLES, SILENT_RMS, heard_power
 from moshi_ttt.rows import GROUPS
 
-SILENT_RMS = 10 ** (-50 / 20)  # -50 dB below full scale
 CLIPPED = 0.999  # of full scale; decoded audio is cut off at 1
 FRAME_SEC = 0.02  # of the silence share
-FFT_SAMPLES = 1024  # 43 ms at 24 kHz
 TOKENS_PER_N_GRAM = 3
 NAN = math.nan
 
@@ -74,14 +73,10 @@ def _frames(samples: np.ndarray, length: int) -> np.ndarray:
 
 
 def _spectrum_measures(samples: np.ndarray, sample_rate: int) -> tuple[float, float]:
-    if len(samples) < FFT_SAMPLES:
+    frames = heard_power(samples)
+    if not len(frames):
         return NAN, NAN
-    frames = np.lib.stride_tricks.sliding_window_view(samples, FFT_SAMPLES)[:: FFT_SAMPLES // 2]
-    heard = frames[np.sqrt(np.mean(np.square(frames), axis=1)) >= SILENT_RMS]
-    if not len(heard):
-        return NAN, NAN
-    power = np.square(np.abs(np.fft.rfft(heard * np.hanning(FFT_SAMPLES), axis=1))).mean(axis=0)
-    power = power[1:-1]  # neither the offset nor the half band at the end
+    power = frames.mean(axis=0)[1:-1]  # neither the offset nor the half band at the end
     hertz = np.fft.rfftfreq(FFT_SAMPLES, 1 / sample_rate)[1:-1]
     # far below anything audible, so that a pure tone is flat 0, not log of 0
     floor = 1e-12 * power.max()

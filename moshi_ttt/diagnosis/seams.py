@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moshi_ttt.diagnosis.quality import FFT_SAMPLES, compare
+from moshi_ttt.diagnosis.quality import compare
+from moshi_ttt.diagnosis.spectrum import FFT_SAMPLES
 from moshi_ttt.instruments.trace import Trace
 
 SILENT_DB, EMPTY_DB = -60, -100  # of full scale: quieter is silence; in one bin of a spectrum

@@ -13,8 +13,11 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.jumps import can_be_searched, finite_mean
 from moshi_ttt.diagnosis.listening import word_starts
 from moshi_ttt.diagnosis.quality import audio_measures, codes_measures, text_measures
+from moshi_ttt.diagnosis.recogniser import Recogniser, agreement, can_recognise
+from moshi_ttt.diagnosis.voice import voice_drift
 from moshi_ttt.evaluation.about import memory_bytes
 from moshi_ttt.evaluation.folder import Evaluation
+from moshi_ttt.evaluation.transcript import Spoken, said_between
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.model.source import ModelSource
 
@@ -32,12 +35,16 @@ def talk_record(lm: LMModel, source: ModelSource, evaluation: Evaluation) -> dic
         records; `norm_growth`, of the layer whose input norm grew most from start to end;
         `branch_ratio`, of the loudest memory; `step_ms`, median of all streams together;
         `state_bytes`, what rings and memories of one stream hold; `by_minute`, of the minutes since
-        the prompt, what `minute_measures` gives. What is undefined is NaN.
+        the prompt, what `minute_measures` gives, and `agreement_by_minute` if there is a
+        recogniser. What is undefined is NaN.
     """
     trace, scalars = evaluation.trace(), evaluation.scalars
     rings = [ring for ring in trace.rings if ring.role == "temporal"]
     sound = [soundfile.read(path)[0][:, 0] for path in evaluation.audio]
     starts_word = word_starts(source.tokenizer())
+    by_minute = minute_measures(trace, sound, starts_word=starts_word, cardinality=lm.card)
+    if sound and can_recognise():
+        by_minute |= agreement_by_minute(trace, sound, evaluation.transcripts)
     return {
         "streams": len(trace.streams),
         "searched": can_be_searched(trace),
@@ -46,7 +53,7 @@ def talk_record(lm: LMModel, source: ModelSource, evaluation: Evaluation) -> dic
         "branch_ratio": _largest(scalars, "memory/branch_ratio/"),
         "step_ms": float(np.nanmedian(trace.step_ms[trace.free_from :])),
         "state_bytes": memory_bytes(lm) + sum(ring.size_bytes // ring.batch for ring in rings),
-        "by_minute": minute_measures(trace, sound, starts_word=starts_word, cardinality=lm.card),
+        "by_minute": by_minute,
     }
 
 
@@ -69,12 +76,9 @@ def minute_measures(
         starts_word: what `word_starts` says of the tokenizer.
         cardinality: entries of a codebook.
     """
-    clock, minute = trace.clock, trace.clock.steps(60)
-    # what is said in the last step of all is not known
-    count = (trace.steps - trace.free_from) // minute
+    clock = trace.clock
     by_minute: dict[str, list[float]] = {}
-    for first in range(trace.free_from, trace.free_from + count * minute, minute):
-        window = slice(first, first + minute)
+    for window in _minutes(trace):
         found: list[dict[str, float]] = []
         for text, codes in zip(trace.text_tokens, trace.codes, strict=True):
             measures = text_measures(
@@ -89,7 +93,46 @@ def minute_measures(
             for name in of_streams[0]:
                 mean = finite_mean(np.array([one[name] for one in of_streams]))
                 by_minute.setdefault(name, []).append(mean)
-    return by_minute
+    drifts = [
+        voice_drift([_cut(one, window, clock) for window in _minutes(trace)], clock.sample_rate)
+        for one in sound
+    ]
+    return by_minute | _means("voice_distance_db", drifts)
+
+
+def agreement_by_minute(
+    trace: Trace, sound: Sequence[np.ndarray], transcripts: Sequence[Spoken]
+) -> dict[str, list[float]]:
+    """`recogniser_agreement` of sound with text, a value a minute: mean over streams.
+
+    Args:
+        trace: of the generation, as in `minute_measures`.
+        sound: Moshi in the first streams, [samples] each.
+        transcripts: words of every stream, with the second at which each begins.
+    """
+    clock, minutes = trace.clock, _minutes(trace)
+    if not minutes:
+        return {}
+    edges_sec = [(clock.seconds(window.start), clock.seconds(window.stop)) for window in minutes]
+    agreements = []
+    for one, words in zip(sound, transcripts, strict=False):
+        texts = [said_between(words, *edges) for edges in edges_sec]
+        recogniser = Recogniser(texts)
+        heard = [recogniser.hears(_cut(one, at, clock), clock.sample_rate) for at in minutes]
+        agreements.append([*map(agreement, texts, heard)])
+    return _means("recogniser_agreement", agreements)
+
+
+def _minutes(trace: Trace) -> list[slice]:
+    """Steps of each whole minute since the prompt; what is said in the last step is not known."""
+    first, minute = trace.free_from, trace.clock.steps(60)
+    return [slice(at, at + minute) for at in range(first, trace.steps - minute + 1, minute)]
+
+
+def _means(name: str, streams: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """A measure by minute, mean over the streams in which it is defined; empty without any."""
+    means = [finite_mean(np.array(minute)) for minute in zip(*streams, strict=True)]
+    return {name: means} if means else {}
 
 
 def _cut(samples: np.ndarray, window: slice, clock: Clock) -> np.ndarray:

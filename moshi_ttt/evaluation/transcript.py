@@ -29,6 +29,11 @@ def spoken_words(tokens: Sequence[int], source: ModelSource) -> Spoken:
     return list(_parts(tokens, source, lambda _, after: bool(starts[tokens[after]])))
 
 
+def said_between(words: Spoken, first_sec: float, stop_sec: float) -> str:
+    """What begins at `first_sec` or later, and before `stop_sec`."""
+    return " ".join(text for second, text in words if first_sec <= second < stop_sec)
+
+
 def _parts(
     tokens: Sequence[int], source: ModelSource, parts: Callable[[int, int], bool]
 ) -> Iterator[tuple[float, str]]:

@@ -17,6 +17,8 @@ TALK = {
     "silence_share": "silence",
     "distinct_1": "different\ntext tokens",
     "codes_used": "codes\nused",
+    "voice_distance_db": "voice off\nminute 1 (dB)",
+    "recogniser_agreement": "heard\nas written",
 }
 """What free talk is judged by, of the measures that a record has by minute."""
 WORST = 1.5

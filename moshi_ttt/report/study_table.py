@@ -23,12 +23,15 @@ GLANCE_NOTE = (
     "itself said 20 to 120 s before. Losses: the last minute over the first, and in brackets that "
     "over {first}'s, because what is talked about is the same for all. Norms: of the layer whose "
     "input grew most, end over start. Branch: what the loudest memory adds, over the residual. "
-    "Words a minute, silence, "
-    "different text tokens and codes in use (%): the first and the last minute of free talk. Means "
-    "over seeds and streams; `-`: not measured."
+    "Words a minute, silence, different text tokens and codes in use (%), how far the voice is "
+    "from the first minute's (dB; in that, its halves from each other) and how much of its text a "
+    "recogniser hears (%): the first and the last minute of free talk. Means over seeds and "
+    "streams; `-`: not measured."
 )
 OWN_SEC = (20, 120)
 """Gaps of the facts that all variants are compared by, whatever they see."""
+UNITS = {"words_per_minute": (".0f", 1), "voice_distance_db": (".1f", 1)}
+"""How measures of free talk are written that are no shares."""
 LAST = "last / first"
 LOUD_NOTE = (
     "Gates: the quietest and the loudest layer's root mean square. Branch ratio: of the layer in "
@@ -114,9 +117,10 @@ def _first_and_last(variant: Variant, name: str) -> str:
     seeds = [values for record in variant.records if (values := by_minute(record, name))]
     if not seeds:
         return "-"
-    unit = 1 if name == "words_per_minute" else 100
+    form, unit = UNITS.get(name, (".0f", 100))
     ends = (0, -1) if len(seeds[0]) > 1 else (0,)
-    return ", ".join(f"{np.mean([values[at] for values in seeds]) * unit:.0f}" for at in ends)
+    means = [float(np.mean([values[at] for values in seeds])) * unit for at in ends]
+    return ", ".join(f"{mean:{form}}" if np.isfinite(mean) else "-" for mean in means)
 
 
 def _training(variants: Sequence[Variant]) -> str:

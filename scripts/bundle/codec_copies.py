@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 from moshi_ttt.compiling import compile_on_gpu_only
 from moshi_ttt.data.audio import read_audio
 from moshi_ttt.data.codes import encode_recording, visible_past_steps
+from moshi_ttt.diagnosis.recogniser import plain_words
 from moshi_ttt.errors import UserError
 
 _GAP_SEC = 0.4  # between words: cut there
@@ -77,11 +77,6 @@ def phrases(rows: list[list[Any]], speaker: str, until_sec: float) -> list[Phras
         Phrase(plain_words(" ".join(w[0] for w in group)), group[0][1][0], group[-1][1][1])
         for group in groups
     ]
-
-
-def plain_words(text: str) -> str:
-    """Lower-case words without punctuation, as the recogniser spells them."""
-    return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
 
 def load_codec(folder: Path) -> MimiModel:

@@ -155,6 +155,8 @@ def talk(name: str, words: list[float], **changes: Any) -> Record:
 def test_a_variant_is_seen_at_a_glance() -> None:
     unread = {"text": [], "first_codebook": [], "other_codebooks": [], "recordings": []}
     slow = talk("slow", [100.0, 50.0], jumps=[], branch_ratio=0.5)
+    heard = {"voice_distance_db": [1.04, 2.25], "recogniser_agreement": [0.976, None]}
+    slow["talk"]["by_minute"] |= heard
     slow |= {"recall": {}, "nll": {"window_steps": 750, "start_step": [], **unread}}
     worse = record("worse")
     worse["nll"]["text"] = [0.5, 0.9]
@@ -163,15 +165,19 @@ def test_a_variant_is_seen_at_a_glance() -> None:
     low, high = (f"{100 * edge:.0f}" for edge in wilson_interval(38 / 90, 90))
     assert base[:3] == [f"42 [{low} to {high}]", "-", "1.20 (1.00)"]
     assert base[4:] == [
-        *("-", "x1.24 at 60 s", "1.05", "-", "80, 60", "50, 50", "50, 50", "50, 50", "20.0", "4"),
+        *("-", "x1.24 at 60 s", "1.05", "-", "80, 60", "50, 50", "50, 50", "50, 50", "-", "-"),
+        *("20.0", "4"),
     ]
     assert other[:6] == ["-", "-", "-", "-", "-", "none"]
     assert other[7:9] == ["0.50", "100, 50"]
+    assert other[12:14] == ["1.0, 2.2", "98, -"]
     assert silent[2] == "1.80 (1.50)"
-    assert silent[5:] == ["-"] * 9
+    assert silent[5:] == ["-"] * 11
     assert rows(table, "base", "words a minute") == [
         ["base", "words a minute", "80", "80", "60", "0.75"],
     ]
+    (voice,) = rows(table, "slow", "voice off minute 1 (dB)")
+    assert voice[2:] == ["1.04", "2.25", "2.16"]
     assert rows(table, "slow", "text") == []
 
 
