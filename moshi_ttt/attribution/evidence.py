@@ -50,12 +50,16 @@ class Evidence(Runs):
     """Everything the verdict needs, computed from the cells when it is asked for."""
 
     def rise_at(self, condition: Condition, step: float) -> np.ndarray:
-        """Rise of each stream at a given step, [S]; up to `GAP_STEPS` away counts in full."""
+        """Rise of each stream at a given step, [S]; up to `GAP_STEPS` away counts in full.
+
+        NaN where no step that near has room for the windows around it.
+        """
         contrast = self.contrast(condition, GAP_STEPS)
-        at = round(step)
-        if not 0 <= at < contrast.shape[1]:
+        places = np.flatnonzero(np.isfinite(contrast).all(axis=0))
+        near = places[np.abs(places - step) <= GAP_STEPS]
+        if not near.size:
             return np.full(len(contrast), np.nan)
-        return np.asarray(contrast[:, at])
+        return np.asarray(contrast[:, near[np.argmin(np.abs(near - step))]])
 
     @cached_property
     def locations(self) -> list[Location]:

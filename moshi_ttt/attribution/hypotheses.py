@@ -7,6 +7,7 @@ have several causes. docs/finding_the_jump.md says what each of them predicts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -195,28 +196,26 @@ def _self_conditioning(evidence: Evidence) -> Finding:
     """The change is there only when the model reads its own output."""
     name = "self-conditioning drift"
 
-    def under(regime: str) -> Interval:
-        return evidence.remaining(
-            evidence.where(
-                lambda one: (
-                    one.regime == regime
-                    and one.sinks == 0
-                    and one.start_position == 0
-                    and not one.gates_shut
-                )
+    def runs(regime: str) -> list[Condition]:
+        return evidence.where(
+            lambda one: (
+                one.regime == regime
+                and one.sinks == 0
+                and one.start_position == 0
+                and not one.gates_shut
             )
         )
 
     if evidence.change in ("none", "unclear"):
         return _without_change(evidence, name, {})
     if evidence.regime == "silent":
-        talking = under("free")
+        talking = evidence.remaining(runs("free"))
         effects = {"left_with_talking_user": talking}
         reasons = [f"{talking.text('.0f', 100)} % of the change is left when the user talks"]
         reasons = reasons if talking.known else []
         why = "a forced run has a talking user, and differs from these in two things"
         return Finding(name, "undecided", (*reasons, why), effects)
-    forced, silent = under("forced"), under("silent")
+    forced, silent = (evidence.remaining(runs(regime)) for regime in ("forced", "silent"))
     effects = {"left_when_forced": forced, "left_with_silent_user": silent}
     reasons = [
         f"{left.text('.0f', 100)} % of the change is left {how}"
@@ -224,7 +223,8 @@ def _self_conditioning(evidence: Evidence) -> Finding:
         if left.known
     ]
     if not forced.known:
-        return Finding(name, "undecided", (*reasons, "no teacher-forced run to compare"), effects)
+        why = _not_known(runs("forced"), "under teacher forcing")
+        return Finding(name, "undecided", (*reasons, why), effects)
     return Finding(name, _cause(forced), tuple(reasons), effects)
 
 
@@ -239,12 +239,20 @@ def _memory(evidence: Evidence) -> Finding:
         return _without_change(evidence, name, {})
     if not reference.has_memory:
         return Finding(name, "refuted", ("the change is there, and the model has no memory",), {})
-    left = evidence.remaining(_changed(evidence, gates=True))
+    shut = _changed(evidence, gates=True)
+    left = evidence.remaining(shut)
     effects = {"left_with_gates_shut": left}
     if not left.known:
-        return Finding(name, "undecided", ("no run with the gates shut to compare",), effects)
+        return Finding(name, "undecided", (_not_known(shut, "with the gates shut"),), effects)
     text = f"{left.text('.0f', 100)} % of the change is left with the gates forced to 0"
     return Finding(name, _cause(left), (text,), effects)
+
+
+def _not_known(runs: Sequence[Condition], how: str) -> str:
+    """Why it is not known what is left of the change in runs of a kind."""
+    if not runs:
+        return f"no run {how} to compare"
+    return f"how much of the change is left {how} cannot be told"
 
 
 def _without_change(evidence: Evidence, name: str, effects: dict[str, Interval]) -> Finding:

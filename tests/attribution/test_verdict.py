@@ -118,6 +118,15 @@ def test_interventions_that_were_not_made_leave_their_hypotheses_undecided() -> 
     result = verdict(cells)
     assert result.decision(DRIFT) == "undecided"
     assert result.decision(MEMORY) == "undecided"
+    assert "no run under teacher forcing to compare" in result.text()
+
+
+def test_a_change_at_the_first_place_that_is_looked_at_can_be_compared() -> None:
+    result = verdict(world(lambda one: step_at(104)))
+    assert result.change == "step"
+    assert {DRIFT, MEMORY} <= {
+        one.hypothesis for one in result.findings if one.decision == "refuted"
+    }, result.text()
 
 
 def test_without_a_change_what_was_not_tried_stays_undecided() -> None:
