@@ -54,6 +54,8 @@ def write_page(
         "<h2>Method</h2>",
         html.paragraph(
             "All cells share prompts and random seeds and differ from the plain run in one thing. "
+            "What the norm does with who speaks (Moshi's words within a second, the user's sound) "
+            "is estimated within blocks of 8 s of the plain runs and taken out of all cells. "
             "A rise is the mean log norm of 40 steps after a place less that of 40 steps before "
             "it, less the curve's steady growth; whether there is one is tested at the place that "
             "the streams of the other prompts point to. Intervals are percentiles over 1000 "
@@ -145,7 +147,10 @@ def curves_figure(evidence: Evidence, clock: Clock) -> Figure:
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles))
     )
-    axes_of[0].set_title(f"input norm of layer {evidence.layer}")
+    title = f"input norm of layer {evidence.layer}"
+    if evidence.followed:
+        title += ", without what follows who speaks"
+    axes_of[0].set_title(title)
     return figure
 
 
