@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import uniform_filter1d
 
-from moshi_ttt.diagnosis.quality import SILENT_RMS
+from moshi_ttt.diagnosis.spectrum import SILENT_RMS
 
 WORD_STEPS = 13  # a second or so: Moshi speaks between the words of a sentence, too
 VOICE_STEPS = 5

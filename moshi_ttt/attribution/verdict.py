@@ -83,7 +83,7 @@ def _what(evidence: Evidence) -> str:
 
 def _observations(evidence: Evidence, clock: Clock) -> list[str]:
     lines = [f"examined: input norm of layer {evidence.layer}, where the change is largest"]
-    if evidence.followed:
+    if evidence.followed > 0:
         lines.append(
             f"{evidence.followed:.0%} of what it does follows who speaks, and is taken out; with "
             f"it, late over early x{evidence.growth_as_heard.exp().text()}"

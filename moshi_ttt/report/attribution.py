@@ -148,7 +148,7 @@ def curves_figure(evidence: Evidence, clock: Clock) -> Figure:
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles))
     )
     title = f"input norm of layer {evidence.layer}"
-    if evidence.followed:
+    if evidence.followed > 0:
         title += ", without what follows who speaks"
     axes_of[0].set_title(title)
     return figure
