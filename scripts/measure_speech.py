@@ -23,7 +23,7 @@ from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.diagnosis.listening import decode
 from moshi_ttt.diagnosis.recogniser import Recogniser, agreement, can_recognise
-from moshi_ttt.diagnosis.voice import mean_distance_db, voice_distance_db, voice_spectrum
+from moshi_ttt.diagnosis.voice import half_spectra, mean_distance_db, voice_distance_db
 from moshi_ttt.errors import UserError, run_program, settings_at
 from moshi_ttt.evaluation.transcript import said_between, spoken_words
 from moshi_ttt.model.source import TINY, ModelSource, open_source
@@ -109,14 +109,9 @@ def measured(source: ModelSource, recordings: Sequence[EncodedRecording], device
         codes = one.codes[:, : count * clock.steps(60)]
         sides = decode(codec, np.stack([codes[rows.own].numpy(), codes[rows.user].numpy()]))
         minutes = np.split(sides, count, axis=1)
-        spectra = [
-            [
-                [voice_spectrum(half, clock.sample_rate) for half in np.array_split(both[side], 2)]
-                for both in minutes
-            ]
-            for side in range(2)
-        ]
-        found.add_voices(spectra)
+        found.add_voices(
+            [[half_spectra(both[side], clock.sample_rate) for both in minutes] for side in range(2)]
+        )
         own = [both[0] for both in minutes]
         if recognises:
             words = spoken_words(codes[TEXT_ROW].tolist(), source)

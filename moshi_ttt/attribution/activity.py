@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import uniform_filter1d
 
-from moshi_ttt.diagnosis.spectrum import SILENT_RMS
+from moshi_ttt.diagnosis.spectrum import is_silent
 
 WORD_STEPS = 13  # a second or so: Moshi speaks between the words of a sentence, too
 VOICE_STEPS = 5
@@ -38,7 +38,7 @@ def user_speaks(sound: np.ndarray, samples_per_step: int) -> np.ndarray:
         [S, T], 0 to 1.
     """
     steps = sound.reshape(len(sound), -1, samples_per_step)
-    return _around(np.sqrt(np.mean(np.square(steps), axis=-1)) >= SILENT_RMS, VOICE_STEPS)
+    return _around(~is_silent(steps), VOICE_STEPS)
 
 
 def _around(speaks: np.ndarray, steps: int) -> np.ndarray:

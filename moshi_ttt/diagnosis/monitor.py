@@ -15,7 +15,7 @@ import numpy as np
 
 from moshi_ttt.clock import Clock
 from moshi_ttt.diagnosis.quality import NAN, audio_measures, codes_measures, said_again
-from moshi_ttt.diagnosis.spectrum import SILENT_RMS
+from moshi_ttt.diagnosis.spectrum import is_silent
 
 WINDOW_SEC = 5.0
 LOOK_BACK_SEC = 20.0  # how long ago something may have been said to be said again
@@ -78,8 +78,8 @@ class Speech:
         measures["text_surprise"] = lately(_surprise(self.text_nll, said, places), said)
         if self.sound is not None:
             steps = self.sound.reshape(2, -1, clock.samples_per_step).astype(np.float64)
-            silent = np.sqrt(np.mean(np.square(steps), axis=-1)) < SILENT_RMS  # [2, n]
-            quiet_sec = _run_lengths(silent.all(axis=0)) * clock.step_sec
+            silent = is_silent(steps)  # [2, n]
+            quiet_sec = _run_lengths(np.logical_and(*silent)) * clock.step_sec
             measures["silence"] = np.array([quiet_sec[at].max() for at in places])
             heard = ~silent[0]
             again = said_again(self.codes[0], heard, look_back)

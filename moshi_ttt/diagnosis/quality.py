@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from moshi_ttt.diagnosis.spectrum import FFT_SAMPLES, SILENT_RMS, heard_power
+from moshi_ttt.diagnosis.spectrum import FFT_SAMPLES, heard_power, is_silent
 from moshi_ttt.rows import GROUPS
 
 CLIPPED = 0.999  # of full scale; decoded audio is cut off at 1
@@ -51,10 +51,10 @@ def audio_measures(samples: np.ndarray, sample_rate: int) -> dict[str, float]:
         return dict.fromkeys(AUDIO, NAN)
     samples = samples.astype(np.float64)
     flatness, centroid_hz = _spectrum_measures(samples, sample_rate)
-    silent = _frames(samples, round(FRAME_SEC * sample_rate))
+    frames = _frames(samples, round(FRAME_SEC * sample_rate))
     return {
         "rms": _rms(samples),
-        "silence_share": float(np.mean([_rms(frame) < SILENT_RMS for frame in silent])),
+        "silence_share": float(np.mean(is_silent(frames))),
         "spectral_flatness": flatness,
         "spectral_centroid_hz": centroid_hz,
         "clipping_share": float(np.mean(np.abs(samples) >= CLIPPED)),

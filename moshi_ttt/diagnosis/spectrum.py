@@ -9,6 +9,12 @@ FFT_SAMPLES = 1024  # 43 ms at 24 kHz
 HOP_SAMPLES = FFT_SAMPLES // 2
 
 
+def is_silent(frames: np.ndarray) -> np.ndarray:
+    """Whether there is nothing to hear in each frame, [..., samples] to bool [...]."""
+    silent: np.ndarray = np.sqrt(np.mean(np.square(frames), axis=-1)) < SILENT_RMS
+    return silent
+
+
 def heard_power(samples: np.ndarray) -> np.ndarray:
     """Power spectra of the frames that are not silent.
 
@@ -21,6 +27,6 @@ def heard_power(samples: np.ndarray) -> np.ndarray:
     if len(samples) < FFT_SAMPLES:
         return np.empty((0, FFT_SAMPLES // 2 + 1))
     frames = np.lib.stride_tricks.sliding_window_view(samples, FFT_SAMPLES)[::HOP_SAMPLES]
-    heard = frames[np.sqrt(np.mean(np.square(frames), axis=1)) >= SILENT_RMS]
+    heard = frames[~is_silent(frames)]
     power: np.ndarray = np.square(np.abs(np.fft.rfft(heard * np.hanning(FFT_SAMPLES), axis=1)))
     return power

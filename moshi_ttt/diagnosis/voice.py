@@ -43,6 +43,11 @@ def voice_spectrum(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     return level_db - level_db.mean()
 
 
+def half_spectra(minute: np.ndarray, sample_rate: int) -> list[np.ndarray]:
+    """`voice_spectrum` of either half of a minute, [samples]."""
+    return [voice_spectrum(half, sample_rate) for half in np.array_split(minute, 2)]
+
+
 def voice_distance_db(one: np.ndarray, other: np.ndarray) -> float:
     """Root mean square difference of two voices' spectra [20] in dB; NaN if one is."""
     return float(np.sqrt(np.mean(np.square(one - other))))
@@ -62,10 +67,7 @@ def voice_drift(minutes: Sequence[np.ndarray], sample_rate: int) -> list[float]:
         One value a minute; NaN where less than 5 s of every half, or of the first minute's, are
         not silent.
     """
-    halves = [
-        [voice_spectrum(half, sample_rate) for half in np.array_split(minute, 2)]
-        for minute in minutes
-    ]
+    halves = [half_spectra(minute, sample_rate) for minute in minutes]
     return [
         voice_distance_db(*minute) if number == 0 else mean_distance_db(halves[0], minute)
         for number, minute in enumerate(halves)
