@@ -1,6 +1,7 @@
 """Assemble the tiny Moshi around its codec: moshi's structure and layout, ten million weights.
 
     python scripts/bundle/make_tiny.py begin FOLDER          # tokenizer, config, untrained LM
+    python scripts/bundle/make_tiny.py begin FOLDER --dim 320 --layers 8 --norm layer_norm_f32
     python scripts/bundle/make_tiny.py finish FOLDER --trained RUN/checkpoints/best.safetensors
 
 `begin` adds what is missing to a folder in which `train_codec.py` has left a codec, so that
@@ -26,14 +27,13 @@ from moshi.models import LMModel, loaders
 from torch import Tensor, nn
 
 from moshi_ttt.command_line import parse, program_parser
-from moshi_ttt.errors import UserError, run_program
+from moshi_ttt.errors import UserError, check_setting, run_program
 from moshi_ttt.files import write_bytes, write_json
 from moshi_ttt.model.source import TINY, open_source
 from moshi_ttt.model.weights import load_trained, save_trained, trainable_weights
 
 TEXT_CARD = 1000
-DIM = 256
-LAYERS = 6
+HEAD_DIM = 64
 DEPFORMER_DIM = 96
 
 FILES = {
@@ -43,18 +43,38 @@ FILES = {
     "tokenizer_name": "tokenizer.model",
     "model_type": "moshi",
 }
-LM_CONFIG: dict[str, Any] = loaders._lm_kwargs | {
-    "dim": DIM,
-    "text_card": TEXT_CARD,
-    "card": CODEC_CONFIG["quantizer"]["bins"],
-    "num_heads": 4,
-    "num_layers": LAYERS,
-    "context": 375,  # 30 s, so that the ring turns within a minute
-    "depformer_dim": DEPFORMER_DIM,
-    "depformer_dim_feedforward": int(4.125 * DEPFORMER_DIM),
-    "depformer_num_heads": 4,
-    "depformer_num_layers": 2,
-}
+
+
+def lm_config(dim: int = 256, layers: int = 6, norm: str = "rms_norm_f32") -> dict[str, Any]:
+    """moshi's settings of a small LM.
+
+    Args:
+        dim: channels of the temporal transformer, in heads of 64.
+        layers: of the temporal transformer.
+        norm: what moshi calls it.
+
+    Raises:
+        UserError: channels that make no whole heads.
+    """
+    check_setting(
+        dim > 0 and dim % HEAD_DIM == 0,
+        "--dim",
+        dim,
+        f"makes no heads of {HEAD_DIM} channels; use a multiple, e.g. 256",
+    )
+    return loaders._lm_kwargs | {
+        "dim": dim,
+        "text_card": TEXT_CARD,
+        "card": CODEC_CONFIG["quantizer"]["bins"],
+        "num_heads": dim // HEAD_DIM,
+        "num_layers": layers,
+        "norm": norm,
+        "context": 375,  # 30 s, so that the ring turns within a minute
+        "depformer_dim": DEPFORMER_DIM,
+        "depformer_dim_feedforward": int(4.125 * DEPFORMER_DIM),
+        "depformer_num_heads": 4,
+        "depformer_num_layers": 2,
+    }
 
 
 def build_tokenizer(seed: int) -> bytes:
@@ -80,7 +100,7 @@ def build_tokenizer(seed: int) -> bytes:
     return model.getvalue()
 
 
-def build_lm(seed: int) -> LMModel:
+def build_lm(seed: int, config: dict[str, Any]) -> LMModel:
     """A seeded LM whose activations are of order one in every layer.
 
     moshi leaves the depformer and attention's projections as torch initialises them. Here every
@@ -88,13 +108,13 @@ def build_lm(seed: int) -> LMModel:
     divided by sqrt(2 * layers), so that the stream's variance does not grow with depth.
     """
     torch.manual_seed(seed)
-    lm = loaders.get_moshi_lm(None, LM_CONFIG, dtype=torch.float32)
+    lm = loaders.get_moshi_lm(None, config, dtype=torch.float32)
     for name, module in lm.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         std = 1 / math.sqrt(module.in_features)
         if "out_projs" in name or name.endswith("linear_out"):
-            std /= math.sqrt(2 * LAYERS)
+            std /= math.sqrt(2 * config["num_layers"])
         nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
     # 16 of the 17 rows that are added up at the input are audio: at the start they weigh as much as
     # the text, which has most of what there is to learn, and is otherwise drowned
@@ -104,7 +124,7 @@ def build_lm(seed: int) -> LMModel:
     return lm
 
 
-def begin(folder: Path, seed: int) -> None:
+def begin(folder: Path, seed: int, config: dict[str, Any]) -> None:
     """Make a folder with a codec loadable: tokenizer, config, seeded untrained LM in float32.
 
     Raises:
@@ -117,8 +137,8 @@ def begin(folder: Path, seed: int) -> None:
                 f"python scripts/bundle/train_codec.py MANIFEST --out {folder}"
             )
     _write(folder / FILES["tokenizer_name"], build_tokenizer(seed))
-    _write(folder / FILES["moshi_name"], _stored(build_lm(seed), torch.float32))
-    write_json(folder / "config.json", FILES | LM_CONFIG)
+    _write(folder / FILES["moshi_name"], _stored(build_lm(seed, config), torch.float32))
+    write_json(folder / "config.json", FILES | config)
 
 
 def finish(folder: Path, trained: Path) -> None:
@@ -169,9 +189,14 @@ def main(args: list[str] | None = None) -> None:
     add("folder", type=Path, help="Folder in moshi's layout.")
     add("--trained", type=Path, help="For `finish`: RUN/checkpoints/best.safetensors.")
     add("--seed", type=int, default=0, help="For `begin`: seed of the weights.")
+    add("--dim", type=int, default=256, help="For `begin`: channels, a multiple of 64.")
+    add("--layers", type=int, default=6, help="For `begin`: layers.")
+    norms = ("rms_norm_f32", "layer_norm_f32")
+    add("--norm", choices=norms, default=norms[0], help="For `begin`: of the LM's layers.")
     arguments = parse(parser, args)
     if arguments.stage == "begin":
-        begin(arguments.folder, arguments.seed)
+        config = lm_config(arguments.dim, arguments.layers, arguments.norm)
+        begin(arguments.folder, arguments.seed, config)
     elif arguments.trained is None:
         raise UserError("--trained is missing; give RUN/checkpoints/best.safetensors")
     else:

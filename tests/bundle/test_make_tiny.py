@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_tiny import finish
+from make_tiny import build_lm as build_untrained
+from make_tiny import finish, lm_config
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryConfig
@@ -58,3 +59,15 @@ def test_what_is_neither_a_base_nor_a_memory_is_refused(folder: Path, tmp_path: 
     trained(folder, path, "lora")
     with pytest.raises(UserError, match=r"model\.train=lora; use base, memory or"):
         finish(folder, path)
+
+
+def test_another_shape_begins_with_activations_of_order_one() -> None:
+    lm = build_untrained(seed=0, config=lm_config(dim=128, layers=3, norm="layer_norm_f32"))
+    assert (lm.dim, len(lm.transformer.layers)) == (128, 3)
+    assert type(lm.transformer.layers[0].norm1).__name__ == "LayerNormF32"
+    codes = torch.randint(0, lm.card, (2, lm.num_codebooks, 40))
+    output = lm(codes)
+    valid = output.logits[output.mask]
+    assert 0.3 < valid.std() < 3
+    with pytest.raises(UserError, match=r"--dim=100 makes no heads of 64 channels"):
+        lm_config(dim=100)

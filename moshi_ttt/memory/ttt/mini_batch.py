@@ -10,7 +10,7 @@ Gradients of a linear map are outer products, so that sum never has to be formed
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from moshi_ttt.memory.config import MemoryConfig
 from moshi_ttt.memory.rule import MemoryRule, MemoryState
 
 _EPS = 1e-5
+_AT_ONCE = 8
+"""Whole mini-batches in one call: what a call of a compiled function costs is paid once for all."""
 FastWeights = dict[str, Tensor]
 
 
@@ -123,9 +125,12 @@ class MiniBatchRule(MemoryRule):
             return [1]
         phases = {0} if state is None else set(state["phase"].tolist())
         size = self.mini_batch_steps
+        if phases == {0}:
+            calls, rest = divmod(steps, _AT_ONCE * size)
+            return [*[_AT_ONCE * size] * calls, *_lengths(range(size, rest, size), rest)]
         # a border wherever a mini-batch of any row ends
         ends = {stop for phase in phases for stop in range(size - phase, steps, size)}
-        return [stop - first for first, stop in pairwise([0, *sorted(ends), steps])]
+        return _lengths(sorted(ends), steps)
 
     def _walk(
         self, inputs: Sequence[Tensor], state: MemoryState | None
@@ -155,6 +160,27 @@ def _advance(
     k: Tensor,
     v: Tensor,
     rate: Tensor,
+    state: MemoryState,
+    initial: FastWeights,
+    norm: Norm,
+    log_rate: Tensor,
+    mini_batch_steps: int,
+    dual: Callable[..., tuple[Tensor, FastWeights]],
+) -> tuple[Tensor, MemoryState]:
+    """The read-out of n steps, and the state after them: of one mini-batch, or of whole ones."""
+    outputs = []
+    parts = (one.split(mini_batch_steps, dim=2) for one in (q, k, v, rate))
+    for q, k, v, rate in zip(*parts, strict=True):
+        y, state = _of_one(q, k, v, rate, state, initial, norm, log_rate, mini_batch_steps, dual)
+        outputs.append(y)
+    return torch.cat(outputs, dim=2), state
+
+
+def _of_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
     state: Mapping[str, Tensor],
     initial: FastWeights,
     norm: Norm,
@@ -180,6 +206,11 @@ def _advance(
         after[name] = torch.where(rows, relaxed, anchor[name])
         after[f"step_{name}"] = step[name].masked_fill(rows, 0.0)
     return y, after
+
+
+def _lengths(ends: Iterable[int], steps: int) -> list[int]:
+    """Of the parts that `steps` fall into where each of `ends` is a border."""
+    return [stop - first for first, stop in pairwise([0, *ends, steps]) if stop > first]
 
 
 def causal(queries: Tensor, keys: Tensor) -> Tensor:
