@@ -75,7 +75,9 @@ class FitProfile(Callback):
         lines = [f"{self._batch_ms:.1f} ms a batch, {self._between_ms:.1f} of it between batches"]
         by = "self_cpu_time_total"
         if torch.cuda.is_available():
-            kernels = [one for one in self._profiler.events() if one.device_type == DeviceType.CUDA]
+            on_gpu = [one for one in self._profiler.events() if one.device_type == DeviceType.CUDA]
+            # an annotation spans all the waiting between its kernels
+            kernels = [one for one in on_gpu if not one.is_user_annotation]
             spans = ((one.time_range.start, one.time_range.end) for one in kernels)
             busy_ms = busy_us(spans) / 1000 / PROFILED
             lines.append(
