@@ -91,30 +91,6 @@ def test_gradients_match_the_reference(name: str) -> None:
     assert_same_as_the_reference(make_rule(name), 13)
 
 
-@pytest.mark.parametrize("name", ["ttt_linear", "ttt_mlp"])
-def test_many_mini_batches_in_one_call_match_the_reference(name: str) -> None:
-    rule = make_rule(name, mini_batch_steps=2)
-    # from a state between two of them, as those are: 2 x 8 whole ones at once, one more, and a half
-    x = make_input(batch_size=1, steps=6 + 35)
-    state = rule(x[:, :6])[1]
-    y, after = rule(x[:, 6:], state)
-    expected, expected_after = run_reference(rule, x[:, 6:], state)
-    assert_same(y, expected, 1e-10)
-    assert_same_state(after, expected_after, 1e-10)
-    read = [chunk.shape[2] for chunk in rule_chunks(rule, x[:, 6:], state)]
-    assert read == [16, 16, 2, 1]
-
-
-def rule_chunks(rule: MemoryRule, x: Tensor, state: MemoryState) -> list[Tensor]:
-    """Queries of each part that is read at once."""
-    parts: list[Tensor] = []
-    advance = rule._advance
-    rule._advance = lambda chunk, state: (parts.append(chunk[0]), advance(chunk, state))[1]
-    rule(x, state)
-    del rule._advance
-    return parts
-
-
 def fast_forgetting(dtype: torch.dtype) -> MemoryRule:
     """A `gated_delta` that forgets from nothing to far beyond the clamp, where exp overflows."""
     rule = make_rule("gated_delta", dtype, forgetting_time_steps=(1.0, 1e4))
