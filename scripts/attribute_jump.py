@@ -198,7 +198,9 @@ def _streams(
             f"no held-out recording has more than {matrix.steps} steps (the longest: {longest}); "
             "teacher-forced cells are left out, and drift stays undecided"
         )
-    starts = choose_prompts(recordings, matrix.prompts, matrix.steps if forced else prompt_steps)
+    starts = choose_prompts(
+        recordings, matrix.prompts, matrix.steps if forced else prompt_steps, matrix.steps
+    )
     codec, rows = source.codec(), Rows.of(lm)
     silence = silence_codes(codec, source.clock, rows.user_codebooks).cpu()
     streams = streams_from(

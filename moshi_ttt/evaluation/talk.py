@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from moshi_ttt.model.source import ModelSource
 from moshi_ttt.progress import progress
 from moshi_ttt.rows import TEXT_ROW, Rows
 from moshi_ttt.teacher_forcing.nll import step_nll
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +158,16 @@ def _batch(
     prompt_steps: int,
 ) -> Batch:
     rows = Rows.of(lm)
+    starts = choose_prompts(recordings, config.prompts, prompt_steps, steps)
+    lasts = min(recording.steps - start for recording, start in starts)
+    if lasts < steps and config.user != "silence":
+        logger.warning(
+            "the user of a stream is silent from %s on, where its recording ends, and Moshi says "
+            "less to silence; for %s of talk, add held-out recordings that last as long",
+            *(clock.describe(lasts), clock.describe(steps)),
+        )
     return seeded_batch(
-        choose_prompts(recordings, config.prompts, prompt_steps),
+        starts,
         silence_codes(codec, clock, rows.user_codebooks).cpu(),
         clock,
         steps=steps,

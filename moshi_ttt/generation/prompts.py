@@ -19,14 +19,24 @@ Start = tuple[EncodedRecording, int]
 
 
 def choose_prompts(
-    recordings: Sequence[EncodedRecording], prompts: int, prompt_steps: int
+    recordings: Sequence[EncodedRecording], prompts: int, prompt_steps: int, steps: int
 ) -> list[Start]:
     """Starting points: round robin over the recordings, then evenly spaced within each.
+
+    Those that last as long as the generation come first: where a recording ends, its user is
+    silent, and what Moshi says to silence is not what it said before.
+
+    Args:
+        recordings: held-out ones.
+        prompts: how many.
+        prompt_steps: length of each.
+        steps: length of the generation.
 
     Raises:
         UserError: no recording is as long as the prompt.
     """
     usable = [one for one in recordings if one.steps >= prompt_steps]
+    usable.sort(key=lambda one: one.steps < steps)
     if not usable:
         raise UserError(
             f"no held-out recording is as long as the prompt of {prompt_steps} steps; lower "

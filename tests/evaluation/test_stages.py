@@ -83,6 +83,17 @@ def talked(
     )
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(STEPS // 2, True), (STEPS, False)])
+def test_a_user_who_falls_silent_on_the_way_is_told(
+    tiny: tuple[ModelSource, LMModel], caplog: pytest.LogCaptureFixture, steps: int, warned: bool
+) -> None:
+    talked(tiny, [recording(steps)])
+    assert ("silent from step 12 (0.96 s" in caplog.text) == warned
+    caplog.clear()
+    talked(tiny, [recording(steps)], user="silence")
+    assert "silent from" not in caplog.text
+
+
 def judged(trace: Trace, recall: Recalls | None = None) -> Judgement:
     return judge(
         trace,

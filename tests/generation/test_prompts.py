@@ -21,7 +21,7 @@ def recording(name: str, steps: int) -> EncodedRecording:
 
 def test_prompts_go_round_the_recordings_and_then_along_them() -> None:
     long, short = recording("long", 110), recording("short", 60)
-    starts = choose_prompts([long, recording("tiny", 5), short], 4, prompt_steps=10)
+    starts = choose_prompts([long, recording("tiny", 5), short], 4, prompt_steps=10, steps=40)
     assert [(one.name, start) for one, start in starts] == [
         ("long", 0),
         ("short", 0),
@@ -29,8 +29,14 @@ def test_prompts_go_round_the_recordings_and_then_along_them() -> None:
         ("short", 25),
     ]
     with pytest.raises(UserError, match=r"no held-out recording.*prompt_sec"):
-        choose_prompts([short], 1, prompt_steps=61)
-    assert choose_prompts([short], 2, prompt_steps=60) == [(short, 0)] * 2
+        choose_prompts([short], 1, prompt_steps=61, steps=100)
+    assert choose_prompts([short], 2, prompt_steps=60, steps=100) == [(short, 0)] * 2
+
+
+def test_recordings_that_last_as_long_as_the_generation_come_first() -> None:
+    short, long, other = recording("short", 60), recording("long", 110), recording("other", 100)
+    starts = choose_prompts([short, long, other], 3, prompt_steps=10, steps=100)
+    assert [one.name for one, _ in starts] == ["long", "other", "short"]
 
 
 def test_streams_are_every_start_with_every_seed() -> None:
