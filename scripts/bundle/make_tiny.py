@@ -27,7 +27,7 @@ from moshi.models import LMModel, loaders
 from torch import Tensor, nn
 
 from moshi_ttt.command_line import parse, program_parser
-from moshi_ttt.errors import UserError, check_setting, run_program
+from moshi_ttt.errors import UserError, check_bounds, check_setting, run_program
 from moshi_ttt.files import write_bytes, write_json
 from moshi_ttt.model.source import TINY, open_source
 from moshi_ttt.model.weights import load_trained, save_trained, trainable_weights
@@ -54,7 +54,7 @@ def lm_config(dim: int = 256, layers: int = 6, norm: str = "rms_norm_f32") -> di
         norm: what moshi calls it.
 
     Raises:
-        UserError: channels that make no whole heads.
+        UserError: channels that make no whole heads, or no layer.
     """
     check_setting(
         dim > 0 and dim % HEAD_DIM == 0,
@@ -62,6 +62,7 @@ def lm_config(dim: int = 256, layers: int = 6, norm: str = "rms_norm_f32") -> di
         dim,
         f"makes no heads of {HEAD_DIM} channels; use a multiple, e.g. 256",
     )
+    check_bounds("--layers", layers, least=1)
     return loaders._lm_kwargs | {
         "dim": dim,
         "text_card": TEXT_CARD,
