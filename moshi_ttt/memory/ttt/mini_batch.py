@@ -10,7 +10,7 @@ Gradients of a linear map are outer products, so that sum never has to be formed
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -168,44 +168,24 @@ def _advance(
     dual: Callable[..., tuple[Tensor, FastWeights]],
 ) -> tuple[Tensor, MemoryState]:
     """The read-out of n steps, and the state after them: of one mini-batch, or of whole ones."""
+    kept = torch.exp(-mini_batch_steps * log_rate.to(q.dtype).exp())
     outputs = []
     parts = (one.split(mini_batch_steps, dim=2) for one in (q, k, v, rate))
     for q, k, v, rate in zip(*parts, strict=True):
-        y, state = _of_one(q, k, v, rate, state, initial, norm, log_rate, mini_batch_steps, dual)
+        anchor = {name: state[name] for name in initial}
+        step = {name: state[f"step_{name}"] for name in initial}
+        y, step = dual(q, k, v, rate, anchor, step, norm)
         outputs.append(y)
+
+        phase = state["phase"] + q.shape[2]
+        ends = phase == mini_batch_steps
+        state = {"phase": phase.masked_fill(ends, 0), "updates": state["updates"] + ends}
+        rows = ends.view(-1, 1, 1, 1)
+        for name, w0 in initial.items():
+            relaxed = torch.lerp(w0, anchor[name] - step[name], kept.view(-1, 1, 1))
+            state[name] = torch.where(rows, relaxed, anchor[name])
+            state[f"step_{name}"] = step[name].masked_fill(rows, 0.0)
     return torch.cat(outputs, dim=2), state
-
-
-def _of_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rate: Tensor,
-    state: Mapping[str, Tensor],
-    initial: FastWeights,
-    norm: Norm,
-    log_rate: Tensor,
-    mini_batch_steps: int,
-    dual: Callable[..., tuple[Tensor, FastWeights]],
-) -> tuple[Tensor, MemoryState]:
-    """The read-out of n steps of one mini-batch, and the state after them."""
-    anchor = {name: state[name] for name in initial}
-    step = {name: state[f"step_{name}"] for name in initial}
-    y, step = dual(q, k, v, rate, anchor, step, norm)
-
-    phase = state["phase"] + q.shape[2]
-    ends = phase == mini_batch_steps
-    after: MemoryState = {
-        "phase": phase.masked_fill(ends, 0),
-        "updates": state["updates"] + ends,
-    }
-    rows = ends.view(-1, 1, 1, 1)
-    kept = torch.exp(-mini_batch_steps * log_rate.to(q.dtype).exp())
-    for name, w0 in initial.items():
-        relaxed = torch.lerp(w0, anchor[name] - step[name], kept.view(-1, 1, 1))
-        after[name] = torch.where(rows, relaxed, anchor[name])
-        after[f"step_{name}"] = step[name].masked_fill(rows, 0.0)
-    return y, after
 
 
 def _lengths(ends: Iterable[int], steps: int) -> list[int]:
