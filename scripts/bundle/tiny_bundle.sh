@@ -75,6 +75,8 @@ speech() {
     # to choose by, and to report: 5 minutes of loss, and 6 are as far as a probe's gap and the evaluation go
     say heldout heldout 1 "$HELDOUT_HOURS" 5 6
     say final final 1 "$HELDOUT_HOURS" 5 6
+    say ten final 2 1 10 11 # to talk for as long
+    lines final ten >"$BUILD/finalten.jsonl"
     # new conversations to ship: those that the model knows by heart would teach a memory nothing
     say bundle far 2 "$BUNDLE_HOURS" 4 6
 }
