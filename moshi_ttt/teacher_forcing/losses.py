@@ -207,24 +207,20 @@ def magnitude_penalty(stats: Mapping[int, list[BranchStats]], config: LossConfig
         stats: of every hybrid layer, from `observe_branches`.
         config: target, and what it holds for.
     """
-    seen = [_ratios(one) for stats_of_layer in stats.values() for one in stats_of_layer]
+    seen = [one for stats_of_layer in stats.values() for one in stats_of_layer]
+    # of all layers at once: each operation on one of them is a launch that a GPU waits for
+    norms = torch.stack([one.norm for one in seen])
+    residuals = torch.stack([one.residual_norm for one in seen])
+    # in layer 0, padding after a recording has no residual: there the ratio counts as 0, and it
+    # divides by 1, because the gradient of 0/0 is NaN even where it is masked
+    defined = residuals > 0
+    ratios = torch.where(defined, norms / torch.where(defined, residuals, 1.0), 0.0)
     if config.magnitude_over == "mean":
-        return torch.stack([_wall(r.sum() / defined.sum(), config) for r, defined in seen]).mean()
+        return _wall(ratios.sum((1, 2)) / defined.sum((1, 2)), config).mean()
     # the wall is 0 where the ratio is
-    walls = torch.stack([_wall(ratios, config).sum() for ratios, _ in seen]).sum()
-    return walls / torch.stack([defined.sum() for _, defined in seen]).sum()
+    return _wall(ratios, config).sum() / defined.sum()
 
 
 def _wall(ratio: Tensor, config: LossConfig) -> Tensor:
     free = WALL_START * config.magnitude_target
     return F.relu((ratio - free) / (config.magnitude_target - free)).square()
-
-
-def _ratios(stats: BranchStats) -> tuple[Tensor, Tensor]:
-    """Ratios [B, T], and which are defined: in layer 0, padding after a recording has no residual.
-
-    The others are 0; they divide by 1, because the gradient of 0/0 is NaN even where it is masked.
-    """
-    defined = stats.residual_norm > 0
-    ratios = stats.norm / torch.where(defined, stats.residual_norm, 1.0)
-    return torch.where(defined, ratios, 0.0), defined

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,9 +34,10 @@ from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import run_program
 from moshi_ttt.memory import MemoryConfig
 from moshi_ttt.model.build import ModelConfig, Trained, build_lm, trainable_groups
+from moshi_ttt.model.hybrid import observe_branches
 from moshi_ttt.model.lora import LoraConfig
 from moshi_ttt.model.source import RANDOM_7B, open_source
-from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, read_clips
+from moshi_ttt.teacher_forcing.losses import LossConfig, lm_losses, magnitude_penalty, read_clips
 
 TOKENS_A_STEP = 9  # text and Moshi's own codebooks: what is predicted
 LAST = [25, 26, 27, 28, 29]
@@ -54,6 +56,7 @@ class Row:
     rank: int = 128
     checkpointing: bool = False
     upstream: bool = False
+    regularised: bool = False  # as moshiko.yaml has it
 
 
 def _last(clips: int, seconds: int) -> Row:
@@ -70,7 +73,8 @@ ROWS = {
     "lora_upstream": Row(16, 100, "lora", checkpointing=True, upstream=True),
     "short": _last(1, 15),
     "short_layers": Row(1, 15, None),
-    "every_4x60": Row(4, 60, memory=EVERY),  # as moshiko.yaml has it
+    "every_4x60": Row(4, 60, memory=EVERY),
+    "moshiko_4x60": Row(4, 60, memory=EVERY, regularised=True),
     "every_1x60": Row(1, 60, memory=EVERY),
     "every_1x120": Row(1, 120, memory=EVERY),
     "lora_1x60": Row(1, 60, "lora", rank=64),
@@ -118,10 +122,17 @@ def optimizer_step(lm: LMModel, row: Row) -> Callable[[], None]:
             return lm_losses(lm, lm(codes), codes, config)
         return read_clips(lm, codes, config, heard)[1:]
 
+    def loss() -> Tensor:
+        if not row.regularised:
+            return sum(losses(), torch.zeros((), device="cuda"))
+        with observe_branches(lm) as stats:
+            found = sum(losses(), torch.zeros((), device="cuda"))
+        return found + magnitude_penalty(stats, config)
+
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            text_loss, audio_loss = losses()
-        (text_loss + audio_loss).backward()
+            found = loss()
+        found.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -221,6 +232,8 @@ def main(args: Sequence[str] | None = None) -> None:
             print(measure(name, ROWS[name], rate, options.operators, options.kept), flush=True)
         except torch.cuda.OutOfMemoryError:
             print(f"{name:20} does not fit", flush=True)
+            if options.operators:
+                traceback.print_exc()
         free()
 
 
