@@ -14,11 +14,10 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -167,6 +166,16 @@ def operators(step: Callable[[], None]) -> str:
     return averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70)
 
 
+def operations(lm: LMModel, row: Row) -> int:
+    """Of the matrix products of a step."""
+    # of one clip: counting keeps what checkpointing would let go of
+    one = optimizer_step(lm, replace(row, clips=1))
+    # what is compiled is not counted, and would never be compiled again
+    with no_compile(), FlopCounterMode(display=False) as counter:
+        one()
+    return row.clips * counter.get_total_flops()
+
+
 @contextmanager
 def kept(lm: LMModel) -> Iterator[Counter[str]]:
     """Bytes that a forward in the scope keeps for its backward pass, by type and shape."""
@@ -191,12 +200,9 @@ def measure(name: str, row: Row, rate: float, with_operators: bool, with_kept: b
     step = optimizer_step(lm, row)
     for _ in range(2):
         step()
-    # what is compiled is not counted, and would never be compiled again
-    with no_compile(), FlopCounterMode(display=False) as counter:
-        step()
+    floor_ms = 1000 * operations(lm, row) / rate
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    floor_ms = 1000 * counter.get_total_flops() / rate
     step_ms = milliseconds(step, repeats=5)
     peak_gib = torch.cuda.max_memory_allocated() / 2**30
     if with_operators:
@@ -232,8 +238,6 @@ def main(args: Sequence[str] | None = None) -> None:
             print(measure(name, ROWS[name], rate, options.operators, options.kept), flush=True)
         except torch.cuda.OutOfMemoryError:
             print(f"{name:20} does not fit", flush=True)
-            if options.operators:
-                traceback.print_exc()
         free()
 
 
