@@ -36,6 +36,10 @@ class LongRunConfig:
     """Whether the memory goes on from chunk to chunk; otherwise it begins afresh as well."""
     user: Literal["recording", "silence"] = "recording"
     """What the user does after the prompt: goes on as recorded (then silence), or is silent."""
+    text: Literal["free", "recording"] = "free"
+    """What Moshi writes after the prompt: what it samples, or what was written in the recording, as
+    long as that lasts. Then models say the same, and what a recogniser hears tells their voices
+    apart; where each writes for itself it tells as well how hard that is to say."""
     temperature: float = 0.8
     """Sampling temperature of the audio tokens."""
     text_temperature: float = 0.7
@@ -87,10 +91,11 @@ class LongRunConfig:
     @property
     def said(self) -> str:
         """What a title adds to the name of a model that runs so; nothing as a rule."""
+        said = ", text as recorded" if self.text == "recording" else ""
         if self.chunk_sec is None:
-            return ""
+            return said
         memory = "" if self.keep_memory else ", memory not kept"
-        return f", chunks of {self.chunk_sec:g} s{memory}"
+        return f"{said}, chunks of {self.chunk_sec:g} s{memory}"
 
     def chunks(self, clock: Clock) -> Chunks | None:
         """Where the run is cut, in steps; None: nowhere."""

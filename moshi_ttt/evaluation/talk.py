@@ -175,6 +175,7 @@ def _batch(
         seeds=config.seeds,
         rows=rows,
         silent_user=config.user == "silence",
+        told_text=config.text == "recording",
     )
 
 

@@ -12,7 +12,7 @@ from moshi_ttt.clock import Clock
 from moshi_ttt.data import EncodedRecording
 from moshi_ttt.errors import UserError
 from moshi_ttt.generation.users import user_codes
-from moshi_ttt.rows import Rows
+from moshi_ttt.rows import TEXT_ROW, Rows
 
 Start = tuple[EncodedRecording, int]
 """A recording, and the step of it that a generation begins with."""
@@ -65,7 +65,7 @@ def cut_recordings(starts: Sequence[Start], steps: int) -> Tensor:
 class Batch:
     """What the S streams of one generation are given."""
 
-    prompt: Tensor  # [S, K, P] forced codes
+    prompt: Tensor  # [S, K, P] forced codes, P = T if text is forced to the end; -1: not forced
     user: Tensor  # [S, K_user, T] what the user says, prompt included
     names: list[str]  # of the S streams
 
@@ -80,6 +80,7 @@ def seeded_batch(
     seeds: int,
     rows: Rows,
     silent_user: bool = False,
+    told_text: bool = False,
 ) -> Batch:
     """Every start as many times as there are seeds, side by side.
 
@@ -92,11 +93,17 @@ def seeded_batch(
         seeds: continuations of each start.
         rows: which of the codes are the user's.
         silent_user: nothing is heard after the prompt; otherwise silence follows the recording.
+        told_text: after the prompt, text is forced on, as long as the recording lasts, and sound is
+            not.
     """
     codes = cut_recordings(starts, steps)
+    prompt = codes[..., :prompt_steps]
+    if told_text:
+        prompt = codes.clone()
+        prompt[:, TEXT_ROW + 1 :, prompt_steps:] = -1
     user = user_codes(codes, silence, rows, silent_from=prompt_steps if silent_user else None)
     return Batch(
-        codes[..., :prompt_steps].repeat_interleave(seeds, dim=0),
+        prompt.repeat_interleave(seeds, dim=0),
         user.repeat_interleave(seeds, dim=0),
         [
             f"{recording.name} from {clock.seconds(start):.0f} s, seed {seed}"

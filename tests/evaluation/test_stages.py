@@ -148,6 +148,19 @@ def test_a_silent_user_says_nothing_after_the_prompt(
     assert (user[:, :, 5:] == user[:, :, 5:6]).all()
 
 
+def test_text_can_be_that_of_the_recording_and_sound_is_moshis_own(
+    tiny: tuple[ModelSource, LMModel],
+) -> None:
+    one = recording(40)
+    one.codes[0] = torch.arange(40) + 100
+    trace = talked(tiny, [one], text="recording").trace
+    told, heard = one.codes[0, : STEPS - 1].numpy(), one.codes[1:9, : STEPS - 1].numpy()
+    assert (trace.text_tokens == told).all()
+    assert (trace.codes[:, :, :4] == heard[:, :4]).all()
+    assert (trace.codes[:, :, 5:] != heard[:, 5:]).any()
+    assert trace.free_from == 5
+
+
 def test_a_judgement_is_of_a_trace_alone_and_holds_every_kind_of_scalar() -> None:
     trace = make_trace(jump_at=763)
     result = judged(trace, RECALL)

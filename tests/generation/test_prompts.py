@@ -53,3 +53,15 @@ def test_streams_are_every_start_with_every_seed() -> None:
     assert batch.names == [
         f"{name} from 0 s, seed {seed}" for name in ("a", "bb") for seed in (0, 1, 2)
     ]
+
+
+def test_text_can_be_told_to_the_end_of_a_recording_and_sound_is_free() -> None:
+    one = recording("a", 30)
+    silence = torch.full((8, 1), 7)
+    batch = seeded_batch(
+        [(one, 5)], silence, Clock(), steps=28, prompt_steps=4, seeds=1, rows=ROWS, told_text=True
+    )
+    assert (batch.prompt[0, :, :4] == one.codes[:, 5:9]).all()
+    assert (batch.prompt[0, 0, :25] == one.codes[0, 5:]).all()
+    assert (batch.prompt[0, 0, 25:] == -1).all()
+    assert (batch.prompt[0, 1:, 4:] == -1).all()
