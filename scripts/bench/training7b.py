@@ -16,7 +16,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,13 +67,13 @@ ROWS = {
     "memory_25_29": _last(8, 60),
     "ttt_25_29": Row(8, 60, memory=TTT),
     "every": Row(8, 60, memory=EVERY),
+    "moshiko": Row(8, 60, memory=EVERY, regularised=True),
     "every_checkpointed": Row(8, 60, memory=EVERY, checkpointing=True),
     "lora": Row(16, 100, "lora", checkpointing=True),
     "lora_upstream": Row(16, 100, "lora", checkpointing=True, upstream=True),
     "short": _last(1, 15),
     "short_layers": Row(1, 15, None),
     "every_4x60": Row(4, 60, memory=EVERY),
-    "moshiko_4x60": Row(4, 60, memory=EVERY, regularised=True),
     "every_1x60": Row(1, 60, memory=EVERY),
     "every_1x120": Row(1, 120, memory=EVERY),
     "lora_1x60": Row(1, 60, "lora", rank=64),
@@ -121,17 +121,17 @@ def optimizer_step(lm: LMModel, row: Row) -> Callable[[], None]:
             return lm_losses(lm, lm(codes), codes, config)
         return read_clips(lm, codes, config, heard)[1:]
 
-    def loss() -> Tensor:
-        if not row.regularised:
-            return sum(losses(), torch.zeros((), device="cuda"))
-        with observe_branches(lm) as stats:
-            found = sum(losses(), torch.zeros((), device="cuda"))
-        return found + magnitude_penalty(stats, config)
-
     def step() -> None:
+        scope: AbstractContextManager[Any] = nullcontext({})
+        if row.regularised:
+            scope = observe_branches(lm)
         with torch.autocast("cuda", torch.bfloat16):
-            found = loss()
-        found.backward()
+            with scope as stats:
+                text_loss, audio_loss = losses()
+            loss = text_loss + audio_loss
+            if stats:
+                loss = loss + magnitude_penalty(stats, config)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
