@@ -12,10 +12,8 @@ import torch
 from moshi.models.lm import LMModel
 from torch import Tensor
 
-from moshi_ttt.errors import UserError
 from moshi_ttt.memory import MemoryState
 from moshi_ttt.model.branch import MemorySwaps
-from moshi_ttt.model.build import WITH_MEMORY
 from moshi_ttt.model.forward import indices
 from moshi_ttt.model.hybrid import memory_carried
 from train.resume import gathered
@@ -25,19 +23,6 @@ Memories = dict[int, MemoryState]
 Scope = Callable[[LMModel], AbstractContextManager[dict[int, MemorySwaps]]]
 
 logger = logging.getLogger(__name__)
-
-
-def check_carries(carry: bool, train: str) -> None:
-    """Hold `data.carry` against `model.train`.
-
-    Raises:
-        UserError: there would be no memory to carry.
-    """
-    if carry and train not in WITH_MEMORY:
-        raise UserError(
-            f"data.carry=True has nothing to carry with model.train={train}, which has no memory; "
-            f"use {', '.join(WITH_MEMORY)}, or set data.carry=false"
-        )
 
 
 class Carry:

@@ -54,7 +54,9 @@ class ConversationData(LightningDataModule):
             epoch to epoch, and begins each with an empty memory. Gradients end where a clip begins;
             attention begins afresh there, as does what the model reads. The clips of an epoch are
             dealt to the rows of all devices in equal parts: a recording may be broken off at the
-            end of one, to begin afresh in another, and less than a clip a row is left out.
+            end of one, to begin afresh in another, and less than a clip a row is left out. A model
+            without a memory is given the same clips in the same order. Where no row could ever go
+            on (each recording is one clip long, or there is one batch), clips are dealt as without.
         seed: decides, together with the epoch, where the training clips begin and their order.
 
     Raises:
@@ -157,19 +159,31 @@ class ConversationData(LightningDataModule):
         `overfit_batches` repeats clips of the fixed cut that validation has.
 
         Raises:
-            UserError: fewer clips than processes, or none that a memory could be carried to.
+            UserError: fewer clips than processes.
         """
         trainer: Any = self.trainer
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        loader = (LaneLoader if self.carry else WindowLoader)(
-            self._train,
-            self.clip_steps,
-            self.batch_size,
-            seed=None if trainer.overfit_batches else self.seed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            trained_batches=lambda: progress.total.processed,
-        )
+        common: dict[str, Any] = {
+            "recordings": self._train,
+            "clip_steps": self.clip_steps,
+            "batch_size": self.batch_size,
+            "seed": None if trainer.overfit_batches else self.seed,
+            "rank": trainer.global_rank,
+            "world_size": trainer.world_size,
+            "trained_batches": lambda: progress.total.processed,
+        }
+        loader = WindowLoader(**common)
+        if self.carry:
+            lanes = LaneLoader(**common)
+            if lanes.carries:
+                loader = lanes
+            else:
+                logger.warning(
+                    "data.carry has nothing to carry: no row of a batch has two clips of one "
+                    "recording, with %d clip(s) of %g s for each process and data.batch_size=%d; "
+                    "each begins with an empty memory",
+                    *(loader.windows, self.duration_sec, self.batch_size),
+                )
         if self._resume is not None:
             loader.load_state_dict(self._resume)
         if loader.windows < self.batch_size:

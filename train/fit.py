@@ -32,7 +32,6 @@ from moshi_ttt.evaluation.folder import find_evaluations
 from moshi_ttt.files import claim_folder, next_folder
 from moshi_ttt.progress import is_seen
 from moshi_ttt.report import headline
-from train.carry import check_carries
 from train.checkpoints import CheckpointWithWeights, RunCheckpoints, SaveBeforeEvaluation
 from train.data import ConversationData
 from train.finite import FiniteUpdates
@@ -98,7 +97,6 @@ class FitCLI(LightningCLI):
             # jsonargparse would name their fields alone
             with settings_at(place):
                 config(**vars(self.config[place]))
-        check_carries(self.config.data.carry, self.config.model.train)
         root = Path(self.config.run_dir)
         self.ckpt_path = find_checkpoint(root, self.config.ckpt_path)
         if self.ckpt_path is not None:

@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, Trainer
 from moshi_ttt.errors import UserError, check_fields, settings_at
 from moshi_ttt.evaluation.config import LongRunConfig
 from moshi_ttt.model.build import WITH_MEMORY
-from train.carry import check_carries
 from train.data import ConversationData
 from train.finite import FiniteUpdates
 from train.fit import multiply_fast
@@ -135,10 +134,9 @@ class Study:
         """
         place = self.place(one)
         built = self.model(one, model)
-        data = made(ConversationData, one.data, f"{place}.data", SHARED)
+        made(ConversationData, one.data, f"{place}.data", SHARED)
         with settings_at(place):
             built.check()
-            check_carries(data.carry, built.config.train)
             RandomWindows(**one.windows)
         if one.inner_rate is not None and built.config.train not in WITH_MEMORY:
             raise UserError(

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moshi_ttt.data.recordings import EncodedRecording
 from moshi_ttt.data.windows import Window, WindowLoader, cut_windows
-from moshi_ttt.errors import UserError
 
 
 class LaneLoader(WindowLoader):
@@ -29,28 +27,13 @@ class LaneLoader(WindowLoader):
         batch_size: rows B.
         options: as of a `WindowLoader`. A seed orders the recordings, and slides the windows of
             each, by (seed, epoch).
-
-    Raises:
-        UserError: there is never a row that could go on.
     """
 
-    def __init__(
-        self,
-        recordings: Sequence[EncodedRecording],
-        clip_steps: int,
-        batch_size: int,
-        **options: Any,
-    ) -> None:
-        super().__init__(recordings, clip_steps, batch_size, **options)
-        counts = [len(cut_windows([steps], clip_steps)) for steps in self._steps]
-        if len(self) < 2 or max(counts) < 2:
-            raise UserError(
-                f"data.carry=True has nothing to carry: {sum(counts)} clip(s) of {clip_steps} "
-                f"steps, at most {max(counts)} of one recording, for {self._lanes} row(s) "
-                f"({batch_size} a batch, {self._world_size} process(es)), and a row needs two of "
-                "one recording; add recordings, shorten data.duration_sec or lower "
-                "data.batch_size, or set data.carry=false"
-            )
+    @property
+    def carries(self) -> bool:
+        """Whether a row ever goes on: there are two clips of a recording, and two batches."""
+        clips = [len(cut_windows([steps], self._clip_steps)) for steps in self._steps]
+        return len(self) >= 2 and max(clips) >= 2
 
     @property
     def _lanes(self) -> int:

@@ -165,16 +165,22 @@ def test_carrying_is_switched_between_epochs_and_not_within_them(
     assert "carried" in torch.load(last(folder), weights_only=True)
 
 
-@pytest.mark.parametrize("train", ["lora", "base"])
-def test_without_a_memory_there_is_nothing_to_carry(
-    carried: list[str], train: str, tmp_path: Path
+def test_without_a_memory_the_same_batches_are_trained_on(
+    carried: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError) as error:
-        main([*carried, f"--model.train={train}", f"--run_dir={tmp_path}/runs"])
-    message = str(error.value)
-    assert message.startswith(f"data.carry=True has nothing to carry with model.train={train}")
-    assert "data.carry=false" in message
-    assert not list(tmp_path.iterdir())
+    folder = main([*carried, "--model.train=lora", f"--run_dir={tmp_path}"])
+    mine, theirs = (torch.load(one, weights_only=True) for one in (last(folder), whole))
+    assert "carried" in theirs and "carried" not in mine
+    assert mine["ConversationData"] == theirs["ConversationData"]
+
+
+def test_recordings_of_one_clip_are_trained_on_with_a_warning(
+    carried: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = main([*carried, "--data.duration_sec=8", f"--run_dir={tmp_path}"])
+    assert "data.carry has nothing to carry" in caplog.text
+    assert "2 clip(s) of 8 s" in caplog.text
+    assert "carried" not in torch.load(last(folder), weights_only=True)
 
 
 def trainer_after(batches: int) -> Any:
