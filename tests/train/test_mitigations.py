@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -109,7 +110,8 @@ def test_a_run_is_pulled_towards_the_base(small: list[str], tmp_path: Path) -> N
         for weight in (1e-9, 100)
     )
     assert free[0] == pulled[0] > 0
-    assert sum(pulled) < 0.95 * sum(free)
+    # of the later half, where the clip that begins a recording is as far off as ever
+    assert median(pulled[8:]) < 0.9 * median(free[8:])
 
 
 def test_a_base_that_trains_cannot_teach(small: list[str], tmp_path: Path) -> None:
