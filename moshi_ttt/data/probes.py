@@ -52,6 +52,11 @@ class Probe:
     asked_until_step: int | None = None
     """Step in which the question ends; None if the file does not say."""
 
+    @property
+    def question_step(self) -> int:
+        """Step in which the question starts, or the answer if nothing is known of the question."""
+        return self.answer_steps[0].start if self.asked_step is None else self.asked_step
+
 
 def read_probes(
     path: Path,

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from moshi_ttt.diagnosis.jumps import SETTLE_STEPS, Jump
 from moshi_ttt.evaluation.folder import Evaluation
 from moshi_ttt.instruments.trace import Trace
+from moshi_ttt.report.asked import asked_at_times, asked_figure
 from moshi_ttt.report.flagged import flagged_figure
 from moshi_ttt.report.inside import inside_figures
 from moshi_ttt.report.recall import gap_positions, recall_figure
@@ -95,6 +96,8 @@ def evaluation_figures(
         figures["nll"] = nll_figure({trace.label: nll}, [trace])
     if recall is not None:
         figures["recall"] = recall_figure(recall, gap_positions(trace))
+        if asked_at_times(recall, trace):
+            figures["asked"] = asked_figure(recall, trace)
     return figures
 
 

@@ -16,6 +16,7 @@ from moshi_ttt.evaluation.folder import CONFIG, Evaluation, find_evaluations, un
 from moshi_ttt.files import write_bytes
 from moshi_ttt.instruments.trace import Trace
 from moshi_ttt.report import html
+from moshi_ttt.report.asked import asked_finding
 from moshi_ttt.report.audible import audible_section, seam_section
 from moshi_ttt.report.comparison import comparison_lines, comparison_section
 from moshi_ttt.report.context import context_table
@@ -173,8 +174,9 @@ def _measured(evaluation: Evaluation, trace: Trace, figures: Figures) -> Iterato
         yield figures.pop("nll")
     if "recall" in figures and evaluation.recall is not None:
         yield "<h2>Recall</h2>"
-        yield html.paragraph(recall_finding(trace, evaluation.recall))
-        yield figures.pop("recall")
+        found = recall_finding(trace, evaluation.recall)
+        yield html.paragraph(" ".join([found, *asked_finding(evaluation.recall, trace)]))
+        yield from (figures.pop(name) for name in ("recall", "asked") if name in figures)
         yield from recall_numbers(evaluation.recall)
     yield "<h2>Norms, and the critical positions</h2>"
     yield html.points(findings(trace, evaluation.jumps))

@@ -50,7 +50,7 @@ class Curve:
     banded: bool = False
 
 
-KEPT_STYLE = {"linestyle": "-", "marker": "o", "markersize": 4}
+KEPT_STYLE: dict[str, Any] = {"linestyle": "-", "marker": "o", "markersize": 4}
 
 
 @styled

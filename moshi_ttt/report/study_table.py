@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from moshi_ttt.clock import Clock
+from moshi_ttt.report.asked import Spans, asked_spans
 from moshi_ttt.report.drift import LOSSES, TALK, against, by_minute, lasting
 from moshi_ttt.report.recall import GROUP_NAMES
 from moshi_ttt.report.study import Record, Variant
@@ -30,6 +32,8 @@ GLANCE_NOTE = (
 )
 OWN_SEC = (20, 120)
 """Gaps of the facts that all variants are compared by, whatever they see."""
+JUST_BEFORE_SEC = 15
+"""Longer ago are the gaps from the first of `OWN_SEC` on."""
 UNITS = {"words_per_minute": (".0f", 1), "voice_distance_db": (".1f", 1)}
 """How measures of free talk are written that are no shares."""
 LAST = "last / first"
@@ -45,7 +49,7 @@ def study_table(variants: Sequence[Variant]) -> str:
     for group in GROUP_NAMES:
         if any(variant.seeds("kept", group) for variant in variants):
             tables.append(_recall(variants, group))
-    tables += [*_talk(variants), *_loss(variants)]
+    tables += [*_asked(variants), *_talk(variants), *_loss(variants)]
     return "\n\n".join(tables) + "\n"
 
 
@@ -183,6 +187,31 @@ def _recall(variants: Sequence[Variant], group: str) -> str:
         f"guessing among the values of the kind gives {100 * guessed:.0f}"
     )
     return f"{title}\n\n{_table(header, rows)}"
+
+
+def _asked(variants: Sequence[Variant]) -> list[str]:
+    """Own facts by when they were asked for, a row a variant and memory; none if nobody knows."""
+    found = [[_asked_of(record) for record in variant.records] for variant in variants]
+    length, first = found[0][0]  # all were asked the same
+    starts = sorted(first.get("kept", {}))
+    if len(starts) < 2:
+        return []
+    rows = [
+        (variant.name, memory, *(_percent([one[at] for one in seeds]) for at in starts))
+        for variant, records in zip(variants, found, strict=True)
+        for memory in ("kept", "reset")
+        if (seeds := [of[memory] for _, of in records if memory in of])
+    ]
+    minutes = [str(at + 1) if length == 1 else f"{at + 1} to {at + length}" for at in starts]
+    title = (
+        f"**Recall by when it was asked**: own facts, {OWN_SEC[0]} s or more before the question, "
+        "answer words right, in %, by minutes of the conversation"
+    )
+    return [title, _table(("variant", "memory", *(f"minute {one}" for one in minutes)), rows)]
+
+
+def _asked_of(record: Record) -> tuple[int, dict[str, Spans]]:
+    return asked_spans(record["recall"], JUST_BEFORE_SEC, "own", Clock())
 
 
 def _share(accuracy: float, words: float) -> Share:

@@ -45,6 +45,8 @@ CAPTIONS = {
     "95 % intervals. Beyond C, attention no longer reaches the fact directly. Thin lines, if the "
     "model has a memory: the same questions with the memory reset just before them, and exchanged "
     "for another conversation's. What the memory does is the distance from the thick line to both.",
+    "asked": "The same answers, beyond the window alone, by when they were asked for: a memory "
+    "that fills up answers less and less, late in a conversation.",
     "audio": "The first stream: spectrogram of Moshi's voice, the words of its text where they "
     "begin, and in orange when the user talks. White: structural positions.",
 }

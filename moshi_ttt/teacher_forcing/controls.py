@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from moshi.models.lm import LMModel
 
-from moshi_ttt.data import EncodedRecording, Probe
+from moshi_ttt.data import EncodedRecording
 from moshi_ttt.memory import MemoryState
 from moshi_ttt.model.branch import MemorySwaps
 from moshi_ttt.model.forward import text_forward
@@ -59,6 +59,7 @@ def read_recall(
     recordings: Sequence[EncodedRecording],
     memory: Memory,
     max_steps: int,
+    window_steps: int,
     ends: Sequence[State] = (),
 ) -> Recall | None:
     """Read recordings for their probes alone.
@@ -68,6 +69,7 @@ def read_recall(
         recordings: whole recordings.
         memory: what each question is read with.
         max_steps: how far a recording is read at most.
+        window_steps: length of a window of the conversation, as `ProbeRecall` has it.
         ends: what `memory_after` gave of each recording, at least two; for another one's memory,
             which is that of the recording before.
 
@@ -76,7 +78,8 @@ def read_recall(
     """
     assert memory != "other" or len(ends) == len(recordings) > 1
     # one process evaluates while the others wait: adding up over all of them would wait for ever
-    metric = ProbeRecall(sync_on_compute=False).to(lm.device)
+    metric = ProbeRecall(window_steps, -(-max_steps // window_steps), sync_on_compute=False)
+    metric.to(lm.device)
     for number, recording in enumerate(progress(recordings, desc=f"recall, {memory}", leave=False)):
         steps = probed_steps(recording, max_steps)
         if not steps:
@@ -84,7 +87,8 @@ def read_recall(
         scope: AbstractContextManager[Any] = nullcontext()
         if memory != "kept":
             other = ends[number - 1] if memory == "other" else None
-            scope = memory_swapped(lm, sorted(map(_question, recording.probes)), other)
+            questions = sorted(probe.question_step for probe in recording.probes)
+            scope = memory_swapped(lm, questions, other)
         codes = recording.codes[None, :, :steps].to(lm.device)
         with scope:
             metric.update(lm, text_forward(lm, codes), codes, recording.probes)
@@ -102,17 +106,15 @@ def memory_after(swaps: Mapping[int, MemorySwaps]) -> State:
     return {index: swap.last for index, swap in swaps.items() if swap.last is not None}
 
 
-def _question(probe: Probe) -> int:
-    """Step in which the question starts, or the answer if nothing is known of the question."""
-    return probe.answer_steps[0].start if probe.asked_step is None else probe.asked_step
-
-
 @dataclass(frozen=True, slots=True)
 class Share:
     """Answer words that were right, of how many."""
 
-    right: float
-    words: float
+    right: float = 0
+    words: float = 0
+
+    def __add__(self, other: Share) -> Share:
+        return Share(self.right + other.right, self.words + other.words)
 
     @property
     def share(self) -> float:
@@ -151,6 +153,29 @@ def beyond_window(recalls: Recalls, window_sec: float) -> dict[str, dict[str, Sh
                 right, words = map(sum, zip(*bins, strict=True))
                 pools.setdefault(pool, {})[memory] = Share(right, words)
     return pools
+
+
+def by_when_asked(recalls: Recalls, window_sec: float, group: str) -> dict[str, dict[int, Share]]:
+    """Answer words that attention cannot reach directly, by when they were asked for.
+
+    Args:
+        recalls: content of `probes.json`.
+        window_sec: attention's context; bins whose middle lies beyond it count.
+        group: of `GROUPS`.
+
+    Returns:
+        By memory, then by the step where a window of the conversation begins, in order of time;
+        windows without a word are left out.
+    """
+    found: dict[str, dict[int, Share]] = {}
+    for memory, recall in recalls.items():
+        of = recall.get(group, {})
+        names = ("asked_step", "asked_gap_sec", "asked_right", "asked_words")
+        for step, gap, right, words in zip(*(of.get(name, ()) for name in names), strict=True):
+            if gap > window_sec:
+                windows = found.setdefault(memory, {})
+                windows[int(step)] = windows.get(int(step), Share()) + Share(right, words)
+    return found
 
 
 def memory_verdict(shares: Mapping[str, Share]) -> Verdict:

@@ -29,15 +29,21 @@ GAP_CENTRES_SEC = (4, 10, 20, 40, 60, 90, 120, 180, 240)
 GROUPS = ("own", "heard", "own_unseen", "heard_unseen")
 """Classes of probes; apart from them those of which something is in no training recording."""
 Recall = dict[str, dict[str, list[float]]]
-"""By group, then by quantity, a value a bin that holds words: what `recall_record` gives."""
+"""By group, then by quantity: what `recall_record` gives."""
 
 
 class ProbeRecall(Metric):
-    """NLL and accuracy of the answers of memory probes, by group and gap.
+    """NLL and accuracy of the answers of memory probes, by group, gap, and when they were asked.
 
     The NLL is over the full vocabulary, in nats a token. The accuracy is of words, *given that a
     word is spoken*: each of its tokens must be the likeliest that is not padding. When to speak is
     another question, and one that a model can answer without remembering anything.
+
+    Args:
+        window_steps: length of a window of the conversation; a question counts in the one in which
+            it begins.
+        windows: how many there are; the last one is open.
+        kwargs: of the `Metric`.
     """
 
     full_state_update = False
@@ -47,10 +53,12 @@ class ProbeRecall(Metric):
     right: Tensor
     chance: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, window_steps: int, windows: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.window_steps = window_steps
+        self.windows = windows
         for name in ("tokens", "nll", "words", "right", "chance"):
-            zeros = torch.zeros(len(GROUPS), len(GAP_CENTRES_SEC), dtype=torch.float64)
+            zeros = torch.zeros(len(GROUPS), len(GAP_CENTRES_SEC), windows, dtype=torch.float64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, lm: LMModel, output: LMOutput, codes: Tensor, probes: Sequence[Probe]) -> None:
@@ -63,7 +71,7 @@ class ProbeRecall(Metric):
             probes: of the recording; answers that are not wholly inside T are left out.
         """
         words = [
-            (group_of(probe), gap_bin(probe.gap_sec), probe.chance, steps)
+            ((group_of(probe), gap_bin(probe.gap_sec), self._window(probe)), probe.chance, steps)
             for probe in probes
             if all(steps.stop <= codes.shape[-1] for steps in probe.answer_steps)
             for steps in probe.answer_steps
@@ -78,20 +86,27 @@ class ProbeRecall(Metric):
         nll = F.cross_entropy(logits, targets, reduction="none").double().split(lengths)
         logits[:, [lm.text_padding_token_id, lm.end_of_text_padding_id]] = -math.inf
         right = (logits.argmax(dim=-1) == targets).split(lengths)
-        for word, (group, row, chance, steps) in enumerate(words):
-            self.tokens[group, row] += len(steps)
-            self.nll[group, row] += nll[word].sum()
-            self.words[group, row] += 1
-            self.right[group, row] += right[word].all()
-            self.chance[group, row] += chance
+        for word, (place, chance, steps) in enumerate(words):
+            self.tokens[place] += len(steps)
+            self.nll[place] += nll[word].sum()
+            self.words[place] += 1
+            self.right[place] += right[word].all()
+            self.chance[place] += chance
+
+    def _window(self, probe: Probe) -> int:
+        return min(probe.question_step // self.window_steps, self.windows - 1)
 
     def compute(self) -> dict[str, Tensor]:
-        """[groups, bins] each: `words`, and `accuracy`, `chance` and `nll`, NaN without a word."""
+        """[groups, bins] each: `words`, and `accuracy`, `chance` and `nll`, NaN without a word;
+        [groups, bins, windows] each: `asked_words` and `asked_right`."""
+        words = self.words.sum(-1)
         return {
-            "words": self.words,
-            "accuracy": self.right / self.words,
-            "chance": self.chance / self.words,
-            "nll": self.nll / self.tokens,
+            "words": words,
+            "accuracy": self.right.sum(-1) / words,
+            "chance": self.chance.sum(-1) / words,
+            "nll": self.nll.sum(-1) / self.tokens.sum(-1),
+            "asked_words": self.words,
+            "asked_right": self.right,
         }
 
 
@@ -109,25 +124,33 @@ def recall_record(metric: ProbeRecall) -> Recall | None:
     """Lists over the bins that hold words, by group and quantity.
 
     `gap_sec` (middle of the bin), `words`, `accuracy`, `low` and `high` (95 % Wilson interval of
-    the accuracy, as if words were independent), `chance` (mean of the probes), `nll`.
+    the accuracy, as if words were independent), `chance` (mean of the probes), `nll`. And over the
+    windows of the conversation and bins that hold words together: `asked_step` (where the window
+    begins), `asked_gap_sec`, `asked_words`, `asked_right`.
 
     Returns:
         None if no probe was measured.
     """
-    values = {name: value.tolist() for name, value in metric.compute().items()}
+    values = metric.compute()
     record: Recall = {}
     for group, name in enumerate(GROUPS):
-        rows = [row for row, words in enumerate(values["words"][group]) if words]
-        if not rows:
+        of = {what: value[group] for what, value in values.items()}
+        rows = of["words"].nonzero()[:, 0]
+        if not len(rows):
             continue
-        found = {what: [value[group][row] for row in rows] for what, value in values.items()}
+        found = {what: of[what][rows].tolist() for what in ("words", "accuracy", "chance", "nll")}
         pairs = zip(found["accuracy"], found["words"], strict=True)
         intervals = [wilson_interval(accuracy, words) for accuracy, words in pairs]
+        windows, bins = of["asked_words"].T.nonzero(as_tuple=True)  # in order of time
         record[name] = {
             "gap_sec": [GAP_CENTRES_SEC[row] for row in rows],
             **found,
             "low": [low for low, _ in intervals],
             "high": [high for _, high in intervals],
+            "asked_step": (windows * metric.window_steps).tolist(),
+            "asked_gap_sec": [GAP_CENTRES_SEC[row] for row in bins],
+            "asked_words": of["asked_words"][bins, windows].tolist(),
+            "asked_right": of["asked_right"][bins, windows].tolist(),
         }
     return record or None
 

@@ -78,14 +78,15 @@ def read_teacher_forced(
     """
     # one process evaluates while the others wait: adding up over all of them would wait for ever
     nll = PositionNLL(window_steps, -(-steps // window_steps), sync_on_compute=False)
-    recall = ProbeRecall(sync_on_compute=False)
+    furthest = max(steps, MAX_READ_STEPS)
+    recall = ProbeRecall(window_steps, -(-furthest // window_steps), sync_on_compute=False)
     nll.to(lm.device)
     recall.to(lm.device)
     least = steps if any(one.steps >= steps for one in recordings) else 0
     ends: list[State] = []
     with observe_branches(lm) as stats:
         for recording in progress(recordings, desc="teacher-forced", unit="recording", leave=False):
-            wanted = max(steps, probed_steps(recording, MAX_READ_STEPS))
+            wanted = max(steps, probed_steps(recording, furthest))
             codes = recording.codes[None, :, :wanted].to(lm.device)
             with memory_swapped(lm) as swaps:
                 output = forward(lm, codes, audio=slice(steps))
@@ -102,7 +103,7 @@ def read_teacher_forced(
     # as far as for `kept`, so that the same questions are counted
     recalls = {"kept": kept}
     for memory in controls_of(lm, recordings):
-        found = read_recall(lm, recordings, memory, max(steps, MAX_READ_STEPS), ends)
+        found = read_recall(lm, recordings, memory, furthest, window_steps, ends)
         assert found is not None, "what was counted once is counted again"
         recalls[memory] = found
     return TeacherForced(losses, recalls, ratios)

@@ -60,7 +60,7 @@ def streamed(lm: LMModel, codes: Tensor, resets: Sequence[int] = ()) -> Tensor:
 
 def recall_of(lm: LMModel, text_logits: Tensor, recording: EncodedRecording) -> Recall:
     """What `read_recall` counts, of logits [1, 1, T, card] that came some other way."""
-    metric = ProbeRecall()
+    metric = ProbeRecall(STEPS, 1)
     everywhere = torch.ones(1, 1, STEPS, dtype=torch.bool)
     audio = torch.full((1, lm.dep_q, STEPS, lm.card), torch.nan)
     silent = torch.zeros(1, lm.dep_q, STEPS, dtype=torch.bool)

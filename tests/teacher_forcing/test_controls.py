@@ -105,7 +105,7 @@ def test_read_by_itself_the_memory_kept_gives_what_the_loss_saw(make_lm: MakeLM)
     recordings = [recording(1, probe(30)), recording(2)]
     read = read_teacher_forced(lm, recordings, 10, 10).recall
     assert read is not None
-    alone = read_recall(lm, recordings, "kept", STEPS)
+    alone = read_recall(lm, recordings, "kept", STEPS, 10)
     assert alone is not None
     assert alone["own"].keys() == read["kept"]["own"].keys()
     for name, values in read["kept"]["own"].items():

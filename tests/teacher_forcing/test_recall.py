@@ -14,6 +14,7 @@ from moshi.models.lm import LMOutput
 
 from moshi_ttt.data import Probe
 from moshi_ttt.evaluation.scalars import recall_scalars
+from moshi_ttt.teacher_forcing.controls import Share, by_when_asked
 from moshi_ttt.teacher_forcing.recall import ProbeRecall, gap_bin, recall_record, wilson_interval
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 
@@ -63,7 +64,7 @@ def test_planted_predictions_give_known_accuracy_and_nll_in_their_bins() -> None
         Probe("city", 100.0, 0.125, (range(10, 11),)),
         Probe("day", 1000.0, 0.125, (range(19, 21),)),  # beyond what was read
     ]
-    metric = ProbeRecall()
+    metric = ProbeRecall(10, 2)
     metric.update(LM, output, codes, probes)
     recall = recall_record(metric)
     assert recall is not None
@@ -75,6 +76,15 @@ def test_planted_predictions_give_known_accuracy_and_nll_in_their_bins() -> None
     assert record["chance"] == pytest.approx([(0.1 + 0.1 + 0.2) / 3, 0.125])
     expected = -(math.log(0.3) + math.log(0.6) + math.log(0.25) + math.log(0.9)) / 4
     assert record["nll"] == pytest.approx([expected, -math.log(0.9)], rel=1e-5)
+    # nobody says when the questions were asked: in the window in which the answer begins
+    assert record["asked_step"] == [0, 10, 10]
+    assert record["asked_gap_sec"] == [4, 4, 90]
+    assert record["asked_words"] == [2, 1, 1]
+    assert record["asked_right"] == [1, 1, 1]
+    asked = by_when_asked({"kept": recall}, 3.0, "own")
+    assert asked == {"kept": {0: Share(1, 2), 10: Share(2, 2)}}
+    assert by_when_asked({"kept": recall}, 20.0, "own") == {"kept": {10: Share(1, 1)}}
+    assert by_when_asked({"kept": recall}, 20.0, "heard") == {}
     scalars = recall_scalars({"kept": recall, "reset": recall}, window_sec=20.0)
     assert scalars.keys() == {
         *(
@@ -92,7 +102,7 @@ def test_planted_predictions_give_known_accuracy_and_nll_in_their_bins() -> None
 def test_classes_and_what_is_unseen_are_counted_apart() -> None:
     codes = torch.full((1, 17, 20), 3)
     codes[0, 0, 5] = 11
-    word, metric = (range(5, 6),), ProbeRecall()
+    word, metric = (range(5, 6),), ProbeRecall(10, 2)
     probes = [
         Probe("day", 20.0, 0.1, word, "own"),
         Probe("day", 20.0, 0.1, word, "heard"),
@@ -112,7 +122,7 @@ def test_classes_and_what_is_unseen_are_counted_apart() -> None:
 def test_every_token_of_a_word_must_be_right() -> None:
     codes = torch.full((1, 17, 20), 3)
     codes[0, 0, [5, 6]] = torch.tensor([11, 12])
-    metric = ProbeRecall()
+    metric = ProbeRecall(10, 2)
     for second in (12, 13):
         output = planted_output({5: {11: 0.9}, 6: {second: 0.9}})
         metric.update(LM, output, codes, [Probe("day", 20.0, 0.1, (range(5, 7),))])
@@ -120,7 +130,7 @@ def test_every_token_of_a_word_must_be_right() -> None:
 
 
 def test_without_probes_there_is_no_record() -> None:
-    metric = ProbeRecall()
+    metric = ProbeRecall(10, 2)
     metric.update(LM, planted_output({}), torch.full((1, 17, 20), 3), [])
     assert recall_record(metric) is None
 
