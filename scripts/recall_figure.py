@@ -3,6 +3,8 @@
     python scripts/recall_figure.py build/study/controls --only window_15s memory lora \
         --out docs/recall.png
 
+    python scripts/recall_figure.py build/study/half_hour --by asked --out docs/half_hour.png
+
 Takes folders that scripts/study.py wrote. Seeds (`NAME`, `NAME_seed1`, ...) are one variant,
 named `NAME`. Writes the figure, and prints the tables.
 """
@@ -10,7 +12,7 @@ named `NAME`. Writes the figure, and prints the tables.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -18,6 +20,7 @@ from moshi_ttt.command_line import parse, program_parser
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_bytes
 from moshi_ttt.report import png
+from moshi_ttt.report.asked_study import asked_study_figure
 from moshi_ttt.report.study import read_record, study_figure, variants_of
 from moshi_ttt.report.study_table import study_table
 
@@ -40,7 +43,8 @@ def main(args: list[str] | None = None) -> None:
     if not any(variant.records[0]["recall"] for variant in variants):
         raise UserError(f"{', '.join(names)}: read without probes, so there is no recall to draw")
     print(study_table(variants), end="")
-    write_bytes(options.out, png(study_figure(variants)))
+    draw = study_figure if options.by == "gap" else asked_study_figure
+    write_bytes(options.out, png(draw(variants)))
 
 
 def _parser() -> ArgumentParser:
@@ -48,6 +52,12 @@ def _parser() -> ArgumentParser:
     add: Any = parser.add_argument
     add("study", type=Path, nargs="+", help="Folders of studies.")
     add("--only", type=str, nargs="+", help="Names of variants to show, in this order.")
+    add(
+        "--by",
+        type=Literal["gap", "asked"],
+        default="gap",
+        help="Against the seconds since the fact, or the minutes of the conversation.",
+    )
     add("--out", type=Path, default=Path("recall.png"), help="Figure to write.")
     return parser
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moshi_ttt.clock import Clock
-from moshi_ttt.report.asked import Spans, asked_spans
+from moshi_ttt.report.asked_study import OWN_SEC, own_asked
 from moshi_ttt.report.drift import LOSSES, TALK, against, by_minute, lasting
 from moshi_ttt.report.recall import GROUP_NAMES
 from moshi_ttt.report.study import Record, Variant
@@ -30,10 +29,6 @@ GLANCE_NOTE = (
     "recogniser hears (%): the first and the last minute of free talk. Means over seeds and "
     "streams; `-`: not measured."
 )
-OWN_SEC = (20, 120)
-"""Gaps of the facts that all variants are compared by, whatever they see."""
-JUST_BEFORE_SEC = 15
-"""Longer ago are the gaps from the first of `OWN_SEC` on."""
 UNITS = {"words_per_minute": (".0f", 1), "voice_distance_db": (".1f", 1)}
 """How measures of free talk are written that are no shares."""
 LAST = "last / first"
@@ -191,7 +186,7 @@ def _recall(variants: Sequence[Variant], group: str) -> str:
 
 def _asked(variants: Sequence[Variant]) -> list[str]:
     """Own facts by when they were asked for, a row a variant and memory; none if nobody knows."""
-    found = [[_asked_of(record) for record in variant.records] for variant in variants]
+    found = [[own_asked(record) for record in variant.records] for variant in variants]
     length, first = found[0][0]  # all were asked the same
     starts = sorted(first.get("kept", {}))
     if len(starts) < 2:
@@ -208,10 +203,6 @@ def _asked(variants: Sequence[Variant]) -> list[str]:
         "answer words right, in %, by minutes of the conversation"
     )
     return [title, _table(("variant", "memory", *(f"minute {one}" for one in minutes)), rows)]
-
-
-def _asked_of(record: Record) -> tuple[int, dict[str, Spans]]:
-    return asked_spans(record["recall"], JUST_BEFORE_SEC, "own", Clock())
 
 
 def _share(accuracy: float, words: float) -> Share:

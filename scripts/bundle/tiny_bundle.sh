@@ -8,7 +8,7 @@
 #   sh scripts/bundle/tiny_bundle.sh                 # all parts, in the order of the last lines
 #   sh scripts/bundle/tiny_bundle.sh text speech     # some of them; text and speech may run side by side
 #
-# CODEC_HOURS=1 CODEC_MINUTES=1 HOURS=1 FAR_HOURS=1 PASTED_HOURS=1 TEXT_HOURS=5 DRILL_STEPS=10 MIX_STEPS=10 MEMORY_STEPS=10 TEACH_STEPS=10 shortens.
+# CODEC_HOURS=1 CODEC_MINUTES=1 HOURS=1 FAR_HOURS=1 PASTED_HOURS=1 TEXT_HOURS=5 DRILL_STEPS=10 MIX_STEPS=10 MEMORY_STEPS=10 TEACH_STEPS=10 CARRY_STEPS=10 shortens.
 # What it leaves in $BUILD: tiny/ (the model), conversations/ (codes to ship), baseline/ (numbers).
 set -eu
 BUILD=${BUILD:-build}
@@ -24,6 +24,7 @@ DRILL_STEPS=${DRILL_STEPS:-3400}
 MIX_STEPS=${MIX_STEPS:-2600}
 MEMORY_STEPS=${MEMORY_STEPS:-1600}
 TEACH_STEPS=${TEACH_STEPS:-1200}
+CARRY_STEPS=${CARRY_STEPS:-400}
 PYTHON=${PYTHON:-python}
 cd "$(dirname "$0")/../.."
 
@@ -119,6 +120,15 @@ teach() { # goes on from there: the base itself says how it would have predicted
         --run_dir "$BUILD/taught" --data.manifest "$BUILD/far.jsonl" --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
         --trainer.max_steps "$TEACH_STEPS"
     finish taught
+    cp "$BUILD/tiny/memory.safetensors" "$BUILD/taught.safetensors"
+}
+
+carry() { # the same with memories that go on from clip to clip: one that never met a full one fills up within ten minutes
+    $PYTHON train/fit.py --config tiny_memory.yaml --config mitigations/distillation.yaml --model.source "$BUILD/tiny" \
+        --model.init_from "$BUILD/taught.safetensors" --model.optim.lr_memory 1e-3 --model.optim.lr_gates 5e-3 \
+        --model.loss.audio_every 4 --data.carry true --run_dir "$BUILD/carried" --data.manifest "$BUILD/far.jsonl" \
+        --data.val_manifest "$BUILD/heldout/manifest.jsonl" --trainer.max_steps "$CARRY_STEPS"
+    finish carried
 }
 
 numbers() {
@@ -132,11 +142,11 @@ numbers() {
         --manifest "$BUILD/conversations/heldout/manifest.jsonl"
 }
 
-for part in ${*:-codec begin text speech base memory teach numbers}; do
+for part in ${*:-codec begin text speech base memory teach carry numbers}; do
     case $part in
-    codec | begin | text | speech | base | memory | teach | numbers) $part ;;
+    codec | begin | text | speech | base | memory | teach | carry | numbers) $part ;;
     *)
-        echo "usage: sh scripts/bundle/tiny_bundle.sh [codec | begin | text | speech | base | memory | teach | numbers]..." >&2
+        echo "usage: sh scripts/bundle/tiny_bundle.sh [codec | begin | text | speech | base | memory | teach | carry | numbers]..." >&2
         exit 2
         ;;
     esac

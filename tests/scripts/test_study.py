@@ -232,6 +232,10 @@ def test_variants_are_drawn_from_what_was_measured(
     )
     assert "base" not in printed
     assert figure.stat().st_size > 10_000
+    by_gap = figure.read_bytes()
+    FIGURE.main([*call, "--by", "asked"])
+    assert figure.stat().st_size > 10_000
+    assert figure.read_bytes() != by_gap
     with pytest.raises(UserError, match=r"lora: .* have base, memory"):
         FIGURE.main([*call, "--only", "lora"])
     with pytest.raises(UserError, match="no variant"):
