@@ -75,6 +75,7 @@ def asked_figure(recalls: Recalls, trace: Trace) -> Figure:
             else:
                 label = f"{GROUP_NAMES[group]}, {WITHOUT[memory]}"
                 axes.plot(at, shares, DASHES[memory], color=color, linewidth=0.9, label=label)
+    axes.set_xlim(left=0)
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
