@@ -172,18 +172,15 @@ class ConversationData(LightningDataModule):
             "world_size": trainer.world_size,
             "trained_batches": lambda: progress.total.processed,
         }
-        loader = WindowLoader(**common)
-        if self.carry:
-            lanes = LaneLoader(**common)
-            if lanes.carries:
-                loader = lanes
-            else:
-                logger.warning(
-                    "data.carry has nothing to carry: no row of a batch has two clips of one "
-                    "recording, with %d clip(s) of %g s for each process and data.batch_size=%d; "
-                    "each begins with an empty memory",
-                    *(loader.windows, self.duration_sec, self.batch_size),
-                )
+        loader = (LaneLoader if self.carry else WindowLoader)(**common)
+        if isinstance(loader, LaneLoader) and not loader.carries:
+            loader = WindowLoader(**common)
+            logger.warning(
+                "data.carry has nothing to carry: no row of a batch has two clips of one "
+                "recording, with %d clip(s) of %g s for each process and data.batch_size=%d; "
+                "each begins with an empty memory",
+                *(loader.windows, self.duration_sec, self.batch_size),
+            )
         if self._resume is not None:
             loader.load_state_dict(self._resume)
         if loader.windows < self.batch_size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -90,17 +92,13 @@ def asked_finding(recalls: Recalls, trace: Trace) -> list[str]:
     """A sentence on the earlier and the later half of the answers to own facts, if it is known."""
     window_sec = trace.clock.seconds(trace.context_steps)
     kept = by_when_asked(recalls, window_sec, "own").get("kept", {})
-    half = sum(kept.values(), Share()).words / 2
-    early, late, parted = Share(), Share(), 0
-    for step, one in kept.items():
-        if not late.words and early.words + one.words <= half:
-            early += one
-        else:
-            parted = parted if late.words else step
-            late += one
-    if not early.words:
+    shares = [*kept.values()]
+    so_far = [*accumulate(one.words for one in shares)]
+    parted = sum(words <= so_far[-1] / 2 for words in so_far)
+    if not parted:
         return []
-    minutes = trace.clock.seconds(parted) / 60
+    early, late = sum(shares[:parted], Share()), sum(shares[parted:], Share())
+    minutes = trace.clock.seconds([*kept][parted]) / 60
     return [
         f"By when it was asked, own facts beyond the window: {percent(early)} before minute "
         f"{minutes:.1f} of the conversation, {percent(late)} from then on."

@@ -123,7 +123,7 @@ teach() { # goes on from there: the base itself says how it would have predicted
     cp "$BUILD/tiny/memory.safetensors" "$BUILD/taught.safetensors"
 }
 
-carry() { # the same with memories that go on from clip to clip: one that never met a full one fills up within ten minutes
+carry() { # the same with memories that go on from clip to clip: one that never met a full one fills up after ten minutes
     $PYTHON train/fit.py --config tiny_memory.yaml --config mitigations/distillation.yaml --model.source "$BUILD/tiny" \
         --model.init_from "$BUILD/taught.safetensors" --model.optim.lr_memory 1e-3 --model.optim.lr_gates 5e-3 \
         --model.loss.audio_every 4 --data.carry true --run_dir "$BUILD/carried" --data.manifest "$BUILD/far.jsonl" \

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -102,6 +101,7 @@ def test_windows_that_make_no_sense_are_refused(
 
 def test_a_run_is_pulled_towards_the_base(small: list[str], tmp_path: Path) -> None:
     args = [*small, "--model.memory.gate_init=0.5", "--trainer.max_epochs=4"]
+    args += ["--data.carry=false"]  # clips that begin a recording are as far off, pulled or not
     free, pulled = (
         scalars(
             main([*args, f"--model.distillation.weight={weight}", f"--run_dir={tmp_path}"]),
@@ -110,8 +110,7 @@ def test_a_run_is_pulled_towards_the_base(small: list[str], tmp_path: Path) -> N
         for weight in (1e-9, 100)
     )
     assert free[0] == pulled[0] > 0
-    # of the later half, where the clip that begins a recording is as far off as ever
-    assert median(pulled[8:]) < 0.9 * median(free[8:])
+    assert sum(pulled) < 0.95 * sum(free)
 
 
 def test_a_base_that_trains_cannot_teach(small: list[str], tmp_path: Path) -> None:
