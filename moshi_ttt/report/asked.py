@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -77,15 +78,20 @@ def asked_figure(recalls: Recalls, trace: Trace) -> Figure:
             else:
                 label = f"{GROUP_NAMES[group]}, {WITHOUT[memory]}"
                 axes.plot(at, shares, DASHES[memory], color=color, linewidth=0.9, label=label)
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.05)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    asked_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("answer words right")
-    axes.set_xlabel("minutes of the conversation before the question")
     axes.set_title(f"Recall beyond {window_sec:g} s by when it was asked for, teacher-forced")
     legend_below(figure, axes)
     return figure
+
+
+def asked_axes(axes: Axes) -> None:
+    """Shares of answer words against minutes of the conversation."""
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylabel("answer words right")
+    axes.set_xlabel("minutes of the conversation before the question")
 
 
 def asked_finding(recalls: Recalls, trace: Trace) -> list[str]:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from moshi_ttt.clock import Clock
-from moshi_ttt.report.asked import Spans, asked_spans
+from moshi_ttt.report.asked import Spans, asked_axes, asked_spans
 from moshi_ttt.report.recall import BANDED_CURVES, DASHES, KEPT_STYLE
 from moshi_ttt.report.study import Record, Variant
 from moshi_ttt.report.style import COLORS, legend_below, run_colors, side_note, styled
@@ -48,11 +47,7 @@ def asked_study_figure(variants: Sequence[Variant]) -> Figure:
             if seeds:
                 label = variant.name if memory == "kept" else f"{variant.name}, reset"
                 _curve(axes, seeds, length, memory, color, label, len(variants) <= BANDED_CURVES)
-    axes.set_ylim(0, 1.05)
-    axes.set_xlim(left=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylabel("answer words right")
-    axes.set_xlabel("minutes of the conversation before the question")
+    asked_axes(axes)
     axes.set_title(f"Recall of own facts, {OWN_SEC[0]} s and more before the question")
     side_note(axes, "dashed: memory reset; shaded: 95 % intervals; bars: seeds")
     legend_below(figure, axes)
