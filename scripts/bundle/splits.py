@@ -1,9 +1,9 @@
 """The sets of generated conversations: what is said in them, and how soon facts are asked for.
 
 `train` is what a language model learns recall from, within clips of 20 s; `drill`, text alone, is
-where it begins. `far` has long gaps, for a memory that is trained on long clips. Held-out
-recordings have topics, voices, keys, values and templates that none of these has: what is chosen is
-chosen on `heldout`, and `final` is for the numbers that are reported.
+where it begins. `far` has long gaps, for a memory that is trained on long clips, `farther` some of
+four minutes. Held-out recordings have topics, voices, keys, values and templates that none of these
+has: what is chosen is chosen on `heldout`, and `final` is for the numbers that are reported.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ FAR = Pace(
     (1.0, 5.0),
 )
 """Many facts alive at once, most of them asked for after a window of 15 s has lost them."""
+FARTHER = Pace(
+    {4: 0.05, 10: 0.05, 20: 0.15, 40: 0.20, 60: 0.15, 90: 0.12, 120: 0.10, 180: 0.10, 240: 0.08},
+    FAR.plant_every_sec,
+)
+"""The same, and some of them minutes later: what a clip of 240 s can ask."""
 SPREAD = Pace(dict.fromkeys(CALM.gap_shares, 1 / len(CALM.gap_shares)), (3.0, 9.0))
 """Every gap as often as any other: to measure with."""
 
@@ -63,6 +68,7 @@ SPLITS = {
     "far": Split((FAR,), own_share=0.7),
     "heldout": Split((SPREAD,), 0.5, 0.25, held_out_topics=True, held_out_voice_share=0.5),
     "final": Split((SPREAD,), 0.5, 0.5, held_out_topics=True, held_out_voice_share=1.0),
-    # last, because a recipe draws its random numbers by its place in here
+    # these last, because a recipe draws its random numbers by its place in here
     "drill": Split((DENSE, *DRILLS), own_share=1.0),
+    "farther": Split((FARTHER,), own_share=0.7),
 }

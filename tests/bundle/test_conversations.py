@@ -43,7 +43,7 @@ def test_splits_and_seeds_draw_different_numbers(scripts: dict[str, ModuleType])
         float(recipe(seed, split, 0, (3.0, 15.0)).rng(stream).random())
         for seed, split, stream in itertools.product((0, 1), SPLITS, (0, 1))
     }
-    assert len(drawn) == 16
+    assert len(drawn) == 2 * len(SPLITS) * 2
 
 
 def test_conversations_reach_their_length_and_end_soon_after(plans: dict[str, list[Any]]) -> None:
@@ -144,7 +144,7 @@ def test_held_out_topics_are_never_in_training(
     only_held_out = {"tent", "telescope", "chess", "snowman", "bandage", "theatre"}
     for split in ("heldout", "final"):
         assert len(words(split) & only_held_out) >= 4
-    for split in ("train", "far"):
+    for split in ("train", "far", "farther"):
         assert not words(split) & only_held_out
 
 
@@ -152,7 +152,7 @@ def test_held_out_voices_are_never_in_training(scripts: dict[str, ModuleType]) -
     make, voices = scripts["make_conversations"], scripts["voices"]
     rng = np.random.default_rng(0)
     drawn = {split: {make.user_voice(split, rng) for _ in range(100)} for split in SPLITS}
-    assert drawn["train"] == drawn["far"] == set(voices.USER_VOICES)
+    assert drawn["train"] == drawn["far"] == drawn["farther"] == set(voices.USER_VOICES)
     assert drawn["final"] == set(voices.HELD_OUT_VOICES)
     assert drawn["heldout"] == {*voices.USER_VOICES, *voices.HELD_OUT_VOICES}
     assert not set(voices.USER_VOICES) & set(voices.HELD_OUT_VOICES)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conversation_fakes import (
+    SPLITS,
     bare,
     every_plan,
     every_probe,
@@ -39,6 +40,8 @@ def test_gaps_are_short_in_training_long_in_far_and_spread_in_held_out_sets(
 
     assert 0.6 < share("train", 1, 3, 4, 6, 8) < 0.98
     assert 0.75 < share("far", 20, 40, 60, 90, 120) < 0.98
+    assert share("far", 180, 240) == 0
+    assert 0.05 < share("farther", 180, 240) < 0.3
     for gap_sec in scripts["splits"].SPREAD.gap_shares:
         for split in ("heldout", "final"):
             assert 0.05 < share(split, gap_sec) < 0.18
@@ -53,7 +56,7 @@ def test_shares_of_gaps_add_up(scripts: dict[str, ModuleType]) -> None:
 def test_calm_and_drilling_conversations_are_both_trained_on(plans: dict[str, list[Any]]) -> None:
     every_sec = [plan.duration_sec / len(plan.probes) for plan in plans["train"]]
     assert min(every_sec) < 12 < 14 < max(every_sec)
-    for split in ("far", "heldout", "final"):
+    for split in ("far", "farther", "heldout", "final"):
         assert all(8 < plan.duration_sec / len(plan.probes) < 18 for plan in plans[split])
 
 
@@ -79,7 +82,7 @@ def test_the_user_asks_nearly_always(plans: dict[str, list[Any]]) -> None:
 def test_most_facts_are_the_answering_sides_own_in_training_and_half_in_held_out_sets(
     plans: dict[str, list[Any]],
 ) -> None:
-    for split, share in (("train", 0.7), ("far", 0.7), ("heldout", 0.5), ("final", 0.5)):
+    for split, share in zip(SPLITS, (0.7, 0.7, 0.7, 0.5, 0.5), strict=True):
         own = [probe.fact.recall_class == "own" for p in plans[split] for probe in p.probes]
         assert np.mean(own) == pytest.approx(share, abs=0.08)
 
@@ -123,7 +126,7 @@ def test_only_held_out_sets_have_unseen_templates_keys_and_values(
     scripts: dict[str, ModuleType], plans: dict[str, list[Any]]
 ) -> None:
     kinds = scripts["probe_words"].KINDS
-    for split, share in (("train", 0), ("far", 0), ("heldout", 0.25), ("final", 0.5)):
+    for split, share in zip(SPLITS, (0, 0, 0, 0.25, 0.5), strict=True):
         records = [probe.record() for plan in plans[split] for probe in plan.probes]
         assert np.mean([bool(r["unseen"]) for r in records]) == pytest.approx(share, abs=0.07)
         for record in records:
