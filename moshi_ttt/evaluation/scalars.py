@@ -128,6 +128,8 @@ def _memory(trace: Trace, first: int) -> dict[str, float]:
         }
         for name, array in ends.items():
             scalars[f"memory/{name}/layer_{layer:02d}"] = finite_median(array[:, index, -1])
+        # of the head that forgets most slowly: the one that may fill up
+        scalars[f"memory/half_life_sec/layer_{layer:02d}"] = float(trace.half_life_sec[index].max())
     return scalars
 
 

@@ -42,6 +42,10 @@ class MemoryWatch:
         # norm of the fast weights, and their distance from where they began
         self._looks = torch.full((looks, 2, batch_size, count), float("nan"), device=lm.device)
         self._gate_rms = torch.full((count,), float("nan"), device=lm.device)
+        heads = next((layer.branch.rule.heads for layer in self._hybrids.values()), 0)
+        # log of what each head has lost, [M, H], summed over the steps counted beside it
+        self._lost = torch.zeros(count, heads, device=lm.device)
+        self._lossy_steps = torch.zeros((), device=lm.device)
         self._begun = 0
         self._pieces: list[Pieces] = []
         self._inputs: list[Sequence[Tensor]] = []
@@ -74,7 +78,8 @@ class MemoryWatch:
         self._gate_rms = gates.square().mean(dim=1).sqrt()
         log_rates = torch.stack([b.rule.log_rate for b in branches]).float()  # [M, H]
         # where forgetting does not depend on the data it stays at this
-        self._buffers.fill("forgetting", log_rates.exp().mean(dim=1))
+        self._rates = log_rates.exp()
+        self._buffers.fill("forgetting", self._rates.mean(dim=1))
 
     def end_step(self) -> None:
         """Called at the end of each step, inside the graph: write what was seen."""
@@ -94,6 +99,8 @@ class MemoryWatch:
         if len(self._inputs[0]) > 4:
             log_alphas = torch.cat([one[4] for one in self._inputs], dim=2)
             write("forgetting", -log_alphas.mean(dim=1)[..., 0])
+            self._lost.sub_(log_alphas.mean(dim=0)[..., 0].T)
+            self._lossy_steps.add_(1)
         updates = [layer.branch.updates() for layer in self._hybrids.values()]
         write("inner_updates", torch.stack(updates, dim=1))
         self._drop_seen()
@@ -125,6 +132,13 @@ class MemoryWatch:
                     f"layer {index}: {int(layer.branch.updates().min())} inner updates in "
                     f"{generated_steps} steps, expected {expected}; the memory is not adapting"
                 )
+
+    def head_forgetting(self) -> np.ndarray:
+        """Rate of forgetting of each memory's heads, mean over streams and steps, [M, H]."""
+        if not self:
+            return self._lost.cpu().numpy()
+        rates = self._lost / self._lossy_steps if self._lossy_steps else self._rates
+        return rates.cpu().numpy()
 
     def derive(self, rows: dict[str, Any], first: int, stop: int) -> None:
         """Turn what `Buffers.read` gave of steps `first` to `stop` - 1 into `Trace` fields."""

@@ -216,5 +216,6 @@ class Recorder:
         """All that was recorded, as `Trace` fields: [S, layers, T], entropies [S, T]."""
         arrays = self.read(0, self.recorded_steps)
         del arrays["text_input"]  # the trace has the tokens themselves
+        arrays["head_forgetting"] = self._memories.head_forgetting()
         attention = self._attention
         return arrays | (no_looks(self._batch_size) if attention is None else attention.arrays())

@@ -92,6 +92,8 @@ class Trace:
     """How strongly the step is written, 0..1, mean over heads."""
     forgetting: PerMemory
     """Rate of forgetting, 1 / forgetting time in steps, mean over heads."""
+    head_forgetting: Annotated[np.ndarray, "MH"]
+    """The same of each head, mean over streams and steps."""
     text_entropy: PerStep
     """Of the text logits at temperature 1, nats."""
     audio_entropy: PerStep
@@ -134,6 +136,12 @@ class Trace:
         """
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.fast_weight_distance / self.fast_weight_norm
+
+    @property
+    def half_life_sec(self) -> np.ndarray:
+        """Seconds after which half of what each head wrote is gone, [M, H]; inf: it stays."""
+        with np.errstate(divide="ignore"):
+            return np.log(2) / self.head_forgetting * self.clock.step_sec
 
     @property
     def steps(self) -> int:

@@ -31,6 +31,7 @@ from moshi_ttt.report.tables import (
     evaluations_table,
     events_table,
     facts_table,
+    half_life_table,
     positions_table,
     rings_table,
 )
@@ -185,6 +186,7 @@ def _measured(evaluation: Evaluation, trace: Trace, figures: Figures) -> Iterato
     if "memory" in figures:
         yield "<h2>The memory</h2>"
         yield from (figures.pop(name) for name in ("memory", "fast_weights") if name in figures)
+        yield half_life_table(trace)
 
 
 def _heard(evaluation: Evaluation, trace: Trace, figures: Figures) -> Iterator[str]:

@@ -115,6 +115,32 @@ def positions_table(trace: Trace) -> str:
     return html.table(header, rows)
 
 
+def half_life_table(trace: Trace) -> str:
+    """How long the heads of each memory hold what they wrote; nothing if that was not measured."""
+    half_lives = trace.half_life_sec
+    if not half_lives.size or np.isnan(half_lives).any():
+        return ""
+    shown = np.percentile(half_lives, (0, 50, 100), axis=1).T
+    rows = [
+        [str(layer), *(_duration(sec) for sec in times)]
+        for layer, times in zip(trace.hybrid_layers, shown, strict=True)
+    ]
+    header = ("layer", "fastest head: half is gone after", "middle", "slowest head")
+    note = (
+        "A head that hardly forgets has more and more written on top of each other: look at recall "
+        "late in a conversation, and train with data.carry."
+    )
+    return html.table(header, rows) + html.paragraph(note, kind="note")
+
+
+def _duration(sec: float) -> str:
+    """A time in the largest unit that it is twice as long as."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if sec >= 2 * size:
+            return f"{sec / size:.3g} {unit}"
+    return f"{sec:.2g} s"
+
+
 def _clocks(step: int, clock: Clock) -> tuple[int, str, int]:
     return step, f"{clock.seconds(step):.2f}", clock.legacy_tokens(step)
 

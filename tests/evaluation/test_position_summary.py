@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -37,6 +38,10 @@ def test_summary_of_a_hybrid_with_a_jump() -> None:
     moved = position_summary(trace, [])
     assert moved["memory/fast_weight_change/layer_02"] == 0.5
     assert moved["memory/fast_weight_norm/layer_02"] == 4
+    lasting = dataclasses.replace(trace, head_forgetting=np.array([[1e-2, 1e-3], [1e-4, 0.5]]))
+    slowest = position_summary(lasting, [])
+    assert slowest["memory/half_life_sec/layer_02"] == pytest.approx(0.08 * math.log(2) / 1e-3)
+    assert slowest["memory/half_life_sec/layer_03"] == pytest.approx(0.08 * math.log(2) / 1e-4)
     assert scalars["longgen/entropy/text/end"] == pytest.approx(1.5, rel=0.1)
 
 

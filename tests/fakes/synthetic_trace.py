@@ -46,6 +46,7 @@ def not_measured(shape: tuple[int, int, int], hybrids: int) -> dict[str, np.ndar
     shapes = dict.fromkeys(per_layer, shape)
     shapes |= dict.fromkeys(per_memory, (streams, hybrids, steps))
     arrays = {name: np.full(shape, np.nan, dtype=np.float32) for name, shape in shapes.items()}
+    arrays["head_forgetting"] = np.full((hybrids, 2), np.nan, dtype=np.float32)
     arrays["step_ms"] = np.full(steps, np.nan, dtype=np.float32)
     return arrays | no_looks(streams)
 

@@ -101,7 +101,9 @@ def test_gates_of_the_memory_are_those_of_its_rule(make_lm: MakeLM, rule: str) -
     arrays = forced(lm).arrays()
     close(arrays["write_gate"][:, 1], out["write"].sigmoid().mean(dim=-1))
     log_rates = layer.log_rate + out.get("forget", torch.zeros(STREAMS, STEPS, 2))
-    close(arrays["forgetting"][:, 1], log_rates.clamp(max=0.0).exp().mean(dim=-1).detach())
+    rates = log_rates.clamp(max=0.0).exp().detach()
+    close(arrays["forgetting"][:, 1], rates.mean(dim=-1))
+    close(arrays["head_forgetting"][1], rates.mean(dim=(0, 1)))
 
 
 @pytest.mark.parametrize("rule", ["ttt_linear", "ttt_mlp", "gated_delta"])
@@ -178,6 +180,7 @@ def test_recording_costs_the_same_few_operations_whatever_the_number_of_layers(
 def test_reading_in_blocks_gives_what_reading_at_once_gives(make_lm: MakeLM) -> None:
     recorder = forced(hybrid(make_lm))
     whole = recorder.arrays()
+    del whole["head_forgetting"]  # of the run, not of its steps
     blocks = [recorder.read(0, 7), recorder.read(7, STEPS)]
     for name, values in whole.items():
         if name.startswith("attention_mass"):  # of looks, not of steps

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -25,6 +26,7 @@ from moshi_ttt.report.figures import (
     pixels,
 )
 from moshi_ttt.report.overlays import comparison_figures
+from moshi_ttt.report.tables import half_life_table
 from moshi_ttt.report.text import findings
 
 
@@ -197,6 +199,17 @@ def test_rings_of_the_depformer_are_not_measured_in_seconds(tmp_path: Path) -> N
     cells = re.findall(r">([^<>]+)</td>", row[0])
     assert cells[:6] == ["depformer.layers.[0].self_attn", "8", "-", "8", "0", "0"]
     assert cells[6:9] == ["0 to 7", "-", "-"]  # held, lost, overwritten
+
+
+def test_half_lives_are_said_of_the_fastest_the_middle_and_the_slowest_head() -> None:
+    trace = make_trace()
+    assert half_life_table(trace) == ""  # not measured
+    rates = np.log(2) * 0.08 / np.array([[3.0, 50.0, 600.0], [150.0, 7200.0, 8e6]])
+    trace = dataclasses.replace(trace, head_forgetting=rates)
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", half_life_table(trace)) == [
+        *("2", "3 s", "50 s", "10 min"),
+        *("3", "2.5 min", "2 h", "92.6 days"),
+    ]
 
 
 def test_findings_warn_of_norms_that_are_not_finite() -> None:
