@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,18 @@ NOTE = (
 )
 GLANCE_NOTE = (
     "Own facts: answer words right, in %, with the memory kept and reset, of facts that Moshi "
-    "itself said 20 to 120 s before. Losses: the last minute over the first, and in brackets that "
-    "over {first}'s, because what is talked about is the same for all. Norms: of the layer whose "
-    "input grew most, end over start. Branch: what the loudest memory adds, over the residual. "
-    "Words a minute, silence, different text tokens and codes in use (%), how far the voice is "
-    "from the first minute's (dB; in that, its halves from each other) and how much of its text a "
-    "recogniser hears (%): the first and the last minute of free talk. Means over seeds and "
-    "streams; `-`: not measured."
+    "itself said 20 to 120 s before; longer ago: those from further back. Losses: the last "
+    "minute over the first, and in brackets that over {first}'s, because what is talked about is "
+    "the same for all. Norms: of the layer whose input grew most, end over start. Branch: what "
+    "the loudest memory adds, over the residual. Words a minute, silence, different text tokens "
+    "and codes in use (%), how far the voice is from the first minute's (dB; in that, its halves "
+    "from each other) and how much of its text a recogniser hears (%): the first and the last "
+    "minute of free talk. Means over seeds and streams; `-`: not measured."
 )
 UNITS = {"words_per_minute": (".0f", 1), "voice_distance_db": (".1f", 1)}
 """How measures of free talk are written that are no shares."""
 LAST = "last / first"
+SPANS_SEC = (OWN_SEC, (OWN_SEC[1] + 1, math.inf))
 LOUD_NOTE = (
     "Gates: the quietest and the loudest layer's root mean square. Branch ratio: of the layer in "
     "which it is largest, over all positions that were read."
@@ -51,7 +53,14 @@ def study_table(variants: Sequence[Variant]) -> str:
 def _glance(variants: Sequence[Variant]) -> str:
     """A row a variant, with everything that it is judged by."""
     header = (
-        *("variant", "own facts", "reset", *(f"loss of {_words(name)}" for name in LOSSES)),
+        *(
+            "variant",
+            "own facts",
+            "reset",
+            "longer ago",
+            "reset",
+            *(f"loss of {_words(name)}" for name in LOSSES),
+        ),
         *("jump", "norms", "branch", *(_words(label) for label in TALK.values())),
         *("ms a step", "KiB a stream"),
     )
@@ -61,7 +70,7 @@ def _glance(variants: Sequence[Variant]) -> str:
         rows.append(
             (
                 one.name,
-                *(_percent(_far(one, memory)) for memory in ("kept", "reset")),
+                *(_percent(_own(one, *asked)) for asked in product(SPANS_SEC, ("kept", "reset"))),
                 *(_lasting(one, variants[0], name) for name in LOSSES),
                 _jump([jump for talk in talks for jump in talk["jumps"]], talks),
                 *(_mean(talks, name, ".2f") for name in ("norm_growth", "branch_ratio")),
@@ -77,12 +86,14 @@ def _words(label: str) -> str:
     return label.replace("\n", " ").replace("_", " ")
 
 
-def _far(variant: Variant, memory: str) -> list[Share]:
-    """Own facts of `OWN_SEC` answered, a share a seed."""
+def _own(variant: Variant, span_sec: tuple[float, float], memory: str) -> list[Share]:
+    """Own facts with gaps in a span answered, a share a seed."""
     shares = []
     for bins in variant.seeds(memory, "own"):
         columns = zip(bins["gap_sec"], bins["accuracy"], bins["words"], strict=True)
-        cells = [(right * of, of) for gap, right, of in columns if OWN_SEC[0] <= gap <= OWN_SEC[1]]
+        cells = [
+            (right * of, of) for gap, right, of in columns if span_sec[0] <= gap <= span_sec[1]
+        ]
         if cells:
             shares.append(Share(*map(sum, zip(*cells, strict=True))))
     return shares

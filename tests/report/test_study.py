@@ -163,16 +163,18 @@ def test_a_variant_is_seen_at_a_glance() -> None:
     table = study_table(variants_of([talk("base", [80.0, 80.0, 60.0]), slow, worse]))
     base, other, silent = (rows(table, name)[0][1:] for name in ("base", "slow", "worse"))
     low, high = (f"{100 * edge:.0f}" for edge in wilson_interval(38 / 90, 90))
-    assert base[:3] == [f"42 [{low} to {high}]", "-", "1.20 (1.00)"]
-    assert base[4:] == [
+    longer = f"{100 * wilson_interval(0, 10)[1]:.0f}"
+    assert base[:2] == [f"42 [{low} to {high}]", "-"]
+    assert base[2:5] == [f"0 [0 to {longer}]", "-", "1.20 (1.00)"]
+    assert base[6:] == [
         *("-", "x1.24 at 60 s", "1.05", "-", "80, 60", "50, 50", "50, 50", "50, 50", "-", "-"),
         *("20.0", "4"),
     ]
-    assert other[:6] == ["-", "-", "-", "-", "-", "none"]
-    assert other[7:9] == ["0.50", "100, 50"]
-    assert other[12:14] == ["1.0, 2.2", "98, -"]
-    assert silent[2] == "1.80 (1.50)"
-    assert silent[5:] == ["-"] * 11
+    assert other[:8] == [*["-"] * 7, "none"]
+    assert other[9:11] == ["0.50", "100, 50"]
+    assert other[14:16] == ["1.0, 2.2", "98, -"]
+    assert silent[4] == "1.80 (1.50)"
+    assert silent[7:] == ["-"] * 11
     assert rows(table, "base", "words a minute") == [
         ["base", "words a minute", "80", "80", "60", "0.75"],
     ]
