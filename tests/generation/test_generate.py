@@ -76,6 +76,9 @@ def test_recorded_steps_equal_generated_steps_in_every_quantity(make_lm: MakeLM)
     assert arrays["branch_ratio"].shape == (STREAMS, 2, STEPS)
     looks = [arrays.pop(name) for name in no_looks(STREAMS)]  # of looks, not of steps
     assert all(values.size == 0 for values in looks)
+    heads = arrays.pop("head_forgetting")  # of the run, not of its steps
+    assert heads.shape == (2, 2)
+    assert (heads > 0).all()
     for name, values in arrays.items():
         assert values.shape[-1] == STEPS, name
         assert torch.isfinite(torch.from_numpy(values).double()).all(), name
