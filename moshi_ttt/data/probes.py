@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -51,6 +51,9 @@ class Probe:
     """Step in which the question starts; None if the file does not say."""
     asked_until_step: int | None = None
     """Step in which the question ends; None if the file does not say."""
+    rivals: int | None = None
+    """Other facts of its kind whose last mention came after its own and before the question; None
+    if the file does not say when it is asked."""
 
     @property
     def question_step(self) -> int:
@@ -89,6 +92,7 @@ def read_probes(
         (word.text, word.start_sec): steps
         for word, steps in zip(words, layout.word_steps, strict=True)
     }
+    mentions = _mentions(items)
     probes, problems = [], []
     for number, item in enumerate(items):
         try:
@@ -96,6 +100,7 @@ def read_probes(
                 continue
             answer = _answer(item, steps_of)
             probe = _probe(item, answer, clock.seconds(len(text_row) + 1), clock)
+            probe = replace(probe, rivals=_rivals(item, mentions))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(
                 f"{path}: probe {number} is malformed ({type(error).__name__}: {error!s:.200}); "
@@ -131,6 +136,31 @@ def _probe(
         _unseen(item),
         _step(item, "asked_at", duration_sec, clock),
         _step(item, "asked_until", duration_sec, clock),
+    )
+
+
+def _mentions(items: Sequence[Any]) -> list[tuple[str, float]]:
+    """Kind and last mention, in seconds, of the facts of which the file says when; both sides'."""
+    found = []
+    for item in items:
+        try:
+            found.append((str(item["kind"]), _mentioned_sec(item)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # of what is malformed, reading it tells
+    return found
+
+
+def _mentioned_sec(item: Mapping[str, Any]) -> float:
+    return float(item["asked_at"]) - float(item["gap_sec"])
+
+
+def _rivals(item: Mapping[str, Any], mentions: Sequence[tuple[str, float]]) -> int | None:
+    if "asked_at" not in item:
+        return None
+    since = _mentioned_sec(item)
+    return sum(
+        kind == str(item["kind"]) and since < at_sec < float(item["asked_at"])
+        for kind, at_sec in mentions
     )
 
 

@@ -7,6 +7,7 @@ reader wants to know comes first; what is the same in every run, or for experts,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from moshi_ttt.report.flagged import cues, flagged_section
 from moshi_ttt.report.glance import at_a_glance
 from moshi_ttt.report.headline import headline
 from moshi_ttt.report.overlays import comparison_figures
-from moshi_ttt.report.recall_words import recall_finding, recall_numbers
+from moshi_ttt.report.recall_words import recall_finding, recall_numbers, rivals_finding
 from moshi_ttt.report.style import MAX_CURVES
 from moshi_ttt.report.tables import (
     evaluations_table,
@@ -176,7 +177,8 @@ def _measured(evaluation: Evaluation, trace: Trace, figures: Figures) -> Iterato
     if "recall" in figures and evaluation.recall is not None:
         yield "<h2>Recall</h2>"
         found = recall_finding(trace, evaluation.recall)
-        yield html.paragraph(" ".join([found, *asked_finding(evaluation.recall, trace)]))
+        told = asked_finding(evaluation.recall, trace), rivals_finding(evaluation.recall, trace)
+        yield html.paragraph(" ".join([found, *chain(*told)]))
         yield from (figures.pop(name) for name in ("recall", "asked") if name in figures)
         yield from recall_numbers(evaluation.recall)
     yield "<h2>Norms, and the critical positions</h2>"

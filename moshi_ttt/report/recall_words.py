@@ -14,8 +14,12 @@ from moshi_ttt.teacher_forcing.controls import (
     Recalls,
     Share,
     beyond_window,
+    by_rivals,
     memory_verdict,
 )
+
+RIVALS_SAID = {0: "none", 1: "one", 2: "two or more"}
+"""How many rivals a fact had, in words."""
 
 
 def recall_finding(trace: Trace, recalls: Recalls) -> str:
@@ -50,6 +54,19 @@ def recall_finding(trace: Trace, recalls: Recalls) -> str:
     if len(classes) > 1:
         sentences.append(f"By class, beyond the window: {'; '.join(classes)}.")
     return " ".join([*sentences, *_controls(pools.get(EVERYONE, {}), pools)])
+
+
+def rivals_finding(recalls: Recalls, trace: Trace) -> list[str]:
+    """A sentence on own facts by how many others of their kind were said since, if it is known."""
+    window_sec = trace.clock.seconds(trace.context_steps)
+    kept = by_rivals(recalls, window_sec, "own").get("kept", {})
+    if len(kept) < 2:
+        return []
+    shares = ", ".join(f"{RIVALS_SAID[at]} {percent(kept[at])}" for at in sorted(kept))
+    return [
+        "By how many other facts of their kind were said since, own facts beyond the window: "
+        f"{shares}. Where this falls, facts are mixed up rather than forgotten."
+    ]
 
 
 def percent(share: Share) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, product
 from typing import Any
 
 import numpy as np
 
-from moshi_ttt.report.asked_study import OWN_SEC, own_asked
+from moshi_ttt.report.asked_study import OWN_SEC
 from moshi_ttt.report.drift import LOSSES, TALK, against, by_minute, lasting
-from moshi_ttt.report.recall import GROUP_NAMES
 from moshi_ttt.report.study import Record, Variant
-from moshi_ttt.teacher_forcing.controls import MEMORIES, Share, beyond_window
+from moshi_ttt.report.study_cells import markdown, percent, spread
+from moshi_ttt.report.study_recall import own_share, recall_tables
 from moshi_ttt.teacher_forcing.recordings import RATIO_SHARES
 
 NOTE = (
@@ -43,10 +43,7 @@ LOUD_NOTE = (
 def study_table(variants: Sequence[Variant]) -> str:
     """All tables of a study: the whole, training and loudness, recall of each class, minutes."""
     tables = [_glance(variants), NOTE, _training(variants), LOUD_NOTE]
-    for group in GROUP_NAMES:
-        if any(variant.seeds("kept", group) for variant in variants):
-            tables.append(_recall(variants, group))
-    tables += [*_asked(variants), *_talk(variants), *_loss(variants)]
+    tables += [*recall_tables(variants), *_talk(variants), *_loss(variants)]
     return "\n\n".join(tables) + "\n"
 
 
@@ -70,7 +67,10 @@ def _glance(variants: Sequence[Variant]) -> str:
         rows.append(
             (
                 one.name,
-                *(_percent(_own(one, *asked)) for asked in product(SPANS_SEC, ("kept", "reset"))),
+                *(
+                    percent(own_share(one, *asked))
+                    for asked in product(SPANS_SEC, ("kept", "reset"))
+                ),
                 *(_lasting(one, variants[0], name) for name in LOSSES),
                 _jump([jump for talk in talks for jump in talk["jumps"]], talks),
                 *(_mean(talks, name, ".2f") for name in ("norm_growth", "branch_ratio")),
@@ -79,29 +79,16 @@ def _glance(variants: Sequence[Variant]) -> str:
                 _mean(talks, "state_bytes", ".0f", 1024),
             )
         )
-    return f"{_table(header, rows)}\n\n{GLANCE_NOTE.format(first=variants[0].name)}"
+    return f"{markdown(header, rows)}\n\n{GLANCE_NOTE.format(first=variants[0].name)}"
 
 
 def _words(label: str) -> str:
     return label.replace("\n", " ").replace("_", " ")
 
 
-def _own(variant: Variant, span_sec: tuple[float, float], memory: str) -> list[Share]:
-    """Own facts with gaps in a span answered, a share a seed."""
-    shares = []
-    for bins in variant.seeds(memory, "own"):
-        columns = zip(bins["gap_sec"], bins["accuracy"], bins["words"], strict=True)
-        cells = [
-            (right * of, of) for gap, right, of in columns if span_sec[0] <= gap <= span_sec[1]
-        ]
-        if cells:
-            shares.append(Share(*map(sum, zip(*cells, strict=True))))
-    return shares
-
-
 def _lasting(variant: Variant, first: Variant, name: str) -> str:
     ratio, beside = (
-        _spread([value], ".2f")
+        spread([value], ".2f")
         for value in (float(np.mean(lasting(variant, name))), against(variant, first, name))
     )
     return "-" if ratio == "-" else f"{ratio} ({beside})"
@@ -147,96 +134,20 @@ def _training(variants: Sequence[Variant]) -> str:
                 str(len(records)),
                 f"{records[0]['parameters']:,}" if updates else "0",
                 f"as {row['weights']}" if row.get("weights") else str(updates),
-                _spread([record["trained_sec"] for record in records], ".0f") if updates else "-",
+                spread([record["trained_sec"] for record in records], ".0f") if updates else "-",
                 f"{min(gates):.2f} to {max(gates):.2f}" if gates else "-",
                 *(
-                    _spread([_loudest(record, name) for record in records], ".3f")
+                    spread([_loudest(record, name) for record in records], ".3f")
                     for name in RATIO_SHARES
                 ),
             )
         )
-    return _table((*header, *(f"branch ratio: {name}" for name in RATIO_SHARES)), rows)
+    return markdown((*header, *(f"branch ratio: {name}" for name in RATIO_SHARES)), rows)
 
 
 def _loudest(record: Record, quantile: str) -> float | None:
     """A quantile of the branch ratio, of the layer in which it is largest."""
     return max((ratios[quantile] for ratios in record["branch_ratios"].values()), default=None)
-
-
-def _recall(variants: Sequence[Variant], group: str) -> str:
-    """Answer words right of one class of facts, a row a variant and memory."""
-    found = [
-        (variant, memory, seeds)
-        for variant in variants
-        for memory in MEMORIES
-        if (seeds := variant.seeds(memory, group))
-    ]
-    gaps = sorted({gap for *_, seeds in found for gap in seeds[0]["gap_sec"]})
-    rows = []
-    for variant, memory, seeds in found:
-        words = seeds[0]["words"]
-        shares = zip(*(map(_share, one["accuracy"], words) for one in seeds), strict=True)
-        cells = dict(zip(seeds[0]["gap_sec"], map(_percent, shares), strict=True))
-        beyond = [_beyond(record, memory, group) for record in variant.records]
-        rows.append(
-            (
-                *(variant.name, memory, f"{sum(words):.0f}"),
-                *(cells.get(gap, "-") for gap in gaps),
-                _percent([share for share in beyond if share is not None]),
-            )
-        )
-    header = ("variant", "memory", "words", *(f"{gap:g} s" for gap in gaps), "beyond the window")
-    asked = found[0][-1][0]
-    guessed = np.average(asked["chance"], weights=asked["words"])
-    title = (
-        f"**Recall, {GROUP_NAMES[group]}**: answer words right, in %, by seconds since the fact; "
-        f"guessing among the values of the kind gives {100 * guessed:.0f}"
-    )
-    return f"{title}\n\n{_table(header, rows)}"
-
-
-def _asked(variants: Sequence[Variant]) -> list[str]:
-    """Own facts by when they were asked for, a row a variant and memory; none if nobody knows."""
-    found = [[own_asked(record) for record in variant.records] for variant in variants]
-    length, first = found[0][0]  # all were asked the same
-    starts = sorted(first.get("kept", {}))
-    if len(starts) < 2:
-        return []
-    rows = [
-        (variant.name, memory, *(_percent([one[at] for one in seeds]) for at in starts))
-        for variant, records in zip(variants, found, strict=True)
-        for memory in ("kept", "reset")
-        if (seeds := [of[memory] for _, of in records if memory in of])
-    ]
-    minutes = [str(at + 1) if length == 1 else f"{at + 1} to {at + length}" for at in starts]
-    title = (
-        f"**Recall by when it was asked**: own facts, {OWN_SEC[0]} s or more before the question, "
-        "answer words right, in %, by minutes of the conversation"
-    )
-    return [title, _table(("variant", "memory", *(f"minute {one}" for one in minutes)), rows)]
-
-
-def _share(accuracy: float, words: float) -> Share:
-    return Share(accuracy * words, words)
-
-
-def _beyond(record: Record, memory: str, group: str) -> Share | None:
-    """Of all gaps that attention's window does not reach over; None if there are none."""
-    if record["context_sec"] is None:
-        return None
-    return beyond_window(record["recall"], record["context_sec"]).get(group, {}).get(memory)
-
-
-def _percent(seeds: Sequence[Share]) -> str:
-    """Mean of the seeds and their range, or the interval of a single one; `-` without any."""
-    if not seeds:
-        return "-"
-    shares = [one.share for one in seeds]
-    mean = f"{sum(shares) / len(shares):.0%}"
-    if len(seeds) > 1:
-        return f"{mean} ({min(shares):.0%} to {max(shares):.0%})".replace("%", "")
-    low, high = seeds[0].interval
-    return f"{mean} [{low:.0%} to {high:.0%}]".replace("%", "")
 
 
 def _loss(variants: Sequence[Variant]) -> list[str]:
@@ -246,12 +157,12 @@ def _loss(variants: Sequence[Variant]) -> list[str]:
         for group in LOSSES:
             if minutes := _minutes(variant, group, ".3f"):
                 count = str(variant.records[0]["nll"]["recordings"][-1])
-                ratios = _spread(lasting(variant, group), ".3f"), _beside(variant, variants, group)
+                ratios = spread(lasting(variant, group), ".3f"), _beside(variant, variants, group)
                 rows.append((variant.name, _words(group), count, *minutes, *ratios))
     ratios = LAST, f"over {variants[0].name}'s"
     header = _minutes_header(("variant", "rows", "recordings"), rows, ratios)
     return (
-        ["**Loss by minute**: nats a token, teacher-forced", _table(header, rows)] if rows else []
+        ["**Loss by minute**: nats a token, teacher-forced", markdown(header, rows)] if rows else []
     )
 
 
@@ -261,17 +172,17 @@ def _talk(variants: Sequence[Variant]) -> list[str]:
     for variant in variants:
         for name, label in TALK.items():
             if minutes := _minutes(variant, name, ".3g"):
-                ratio = _spread(lasting(variant, name), ".2f")
+                ratio = spread(lasting(variant, name), ".2f")
                 rows.append((variant.name, _words(label), *minutes, ratio))
     header = _minutes_header(("variant", "measure"), rows, (LAST,))
     title = "**Free talk by minute** since the prompt: means over streams"
-    return [title, _table(header, rows)] if rows else []
+    return [title, markdown(header, rows)] if rows else []
 
 
 def _minutes(variant: Variant, name: str, form: str) -> list[str]:
     """A cell a minute; none if it was not measured."""
     seeds = [by_minute(record, name) for record in variant.records]
-    return [_spread(values, form) for values in zip(*seeds, strict=True)]
+    return [spread(values, form) for values in zip(*seeds, strict=True)]
 
 
 def _minutes_header(
@@ -282,18 +193,4 @@ def _minutes_header(
 
 
 def _beside(variant: Variant, variants: Sequence[Variant], group: str) -> str:
-    return _spread([against(variant, variants[0], group)], ".3f")
-
-
-def _spread(values: Iterable[float | None], form: str) -> str:
-    """Mean, and the lowest and highest of several; `-` if none is defined."""
-    known = [value for value in values if value is not None and not np.isnan(value)]
-    if not known:
-        return "-"
-    mean = f"{sum(known) / len(known):{form}}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):{form}} to {max(known):{form}})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruled = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
+    return spread([against(variant, variants[0], group)], ".3f")

@@ -167,14 +167,29 @@ def by_when_asked(recalls: Recalls, window_sec: float, group: str) -> dict[str, 
         By memory, then by the step where a window of the conversation begins, in order of time;
         windows without a word are left out.
     """
+    return _beyond_by("asked", "step", recalls, window_sec, group)
+
+
+def by_rivals(recalls: Recalls, window_sec: float, group: str) -> dict[str, dict[int, Share]]:
+    """The same by how many rivals a fact had: others of its kind that were said since.
+
+    Returns:
+        By memory, then by number of rivals, of which the last stands for as many or more.
+    """
+    return _beyond_by("rival", "count", recalls, window_sec, group)
+
+
+def _beyond_by(
+    name: str, value: str, recalls: Recalls, window_sec: float, group: str
+) -> dict[str, dict[int, Share]]:
     found: dict[str, dict[int, Share]] = {}
     for memory, recall in recalls.items():
         of = recall.get(group, {})
-        names = ("asked_step", "asked_gap_sec", "asked_right", "asked_words")
-        for step, gap, right, words in zip(*(of.get(name, ()) for name in names), strict=True):
+        names = (f"{name}_{one}" for one in (value, "gap_sec", "right", "words"))
+        for at, gap, right, words in zip(*(of.get(one, ()) for one in names), strict=True):
             if gap > window_sec:
-                windows = found.setdefault(memory, {})
-                windows[int(step)] = windows.get(int(step), Share()) + Share(right, words)
+                shares = found.setdefault(memory, {})
+                shares[int(at)] = shares.get(int(at), Share()) + Share(right, words)
     return found
 
 

@@ -28,12 +28,15 @@ GAP_CENTRES_SEC = (4, 10, 20, 40, 60, 90, 120, 180, 240)
 """Middles of the bins of `ProbeRecall`; their edges are the geometric means of neighbours."""
 GROUPS = ("own", "heard", "own_unseen", "heard_unseen")
 """Classes of probes; apart from them those of which something is in no training recording."""
+RIVALS = 3
+"""How many rivals are told apart: none, one, and two or more."""
 Recall = dict[str, dict[str, list[float]]]
 """By group, then by quantity: what `recall_record` gives."""
 
 
 class ProbeRecall(Metric):
-    """NLL and accuracy of the answers of memory probes, by group, gap, and when they were asked.
+    """NLL and accuracy of the answers of memory probes, by group, gap, when they were asked, and
+    how many rivals they had.
 
     The NLL is over the full vocabulary, in nats a token. The accuracy is of words, *given that a
     word is spoken*: each of its tokens must be the likeliest that is not padding. When to speak is
@@ -58,7 +61,9 @@ class ProbeRecall(Metric):
         self.window_steps = window_steps
         self.windows = windows
         for name in ("tokens", "nll", "words", "right", "chance"):
-            zeros = torch.zeros(len(GROUPS), len(GAP_CENTRES_SEC), windows, dtype=torch.float64)
+            # the last place of the last axis is for probes whose rivals nobody knows
+            shape = len(GROUPS), len(GAP_CENTRES_SEC), windows, RIVALS + 1
+            zeros = torch.zeros(shape, dtype=torch.float64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, lm: LMModel, output: LMOutput, codes: Tensor, probes: Sequence[Probe]) -> None:
@@ -71,7 +76,7 @@ class ProbeRecall(Metric):
             probes: of the recording; answers that are not wholly inside T are left out.
         """
         words = [
-            ((group_of(probe), gap_bin(probe.gap_sec), self._window(probe)), probe.chance, steps)
+            (self._place(probe), probe.chance, steps)
             for probe in probes
             if all(steps.stop <= codes.shape[-1] for steps in probe.answer_steps)
             for steps in probe.answer_steps
@@ -93,20 +98,25 @@ class ProbeRecall(Metric):
             self.right[place] += right[word].all()
             self.chance[place] += chance
 
-    def _window(self, probe: Probe) -> int:
-        return min(probe.question_step // self.window_steps, self.windows - 1)
+    def _place(self, probe: Probe) -> tuple[int, int, int, int]:
+        window = min(probe.question_step // self.window_steps, self.windows - 1)
+        rivals = RIVALS if probe.rivals is None else min(probe.rivals, RIVALS - 1)
+        return group_of(probe), gap_bin(probe.gap_sec), window, rivals
 
     def compute(self) -> dict[str, Tensor]:
         """[groups, bins] each: `words`, and `accuracy`, `chance` and `nll`, NaN without a word;
-        [groups, bins, windows] each: `asked_words` and `asked_right`."""
-        words = self.words.sum(-1)
+        [groups, bins, windows] each: `asked_words` and `asked_right`; [groups, bins, `RIVALS`]
+        each: `rival_words` and `rival_right`."""
+        words = self.words.sum((-2, -1))
         return {
             "words": words,
-            "accuracy": self.right.sum(-1) / words,
-            "chance": self.chance.sum(-1) / words,
-            "nll": self.nll.sum(-1) / self.tokens.sum(-1),
-            "asked_words": self.words,
-            "asked_right": self.right,
+            "accuracy": self.right.sum((-2, -1)) / words,
+            "chance": self.chance.sum((-2, -1)) / words,
+            "nll": self.nll.sum((-2, -1)) / self.tokens.sum((-2, -1)),
+            "asked_words": self.words.sum(-1),
+            "asked_right": self.right.sum(-1),
+            "rival_words": self.words.sum(-2)[..., :RIVALS],
+            "rival_right": self.right.sum(-2)[..., :RIVALS],
         }
 
 
@@ -126,7 +136,9 @@ def recall_record(metric: ProbeRecall) -> Recall | None:
     `gap_sec` (middle of the bin), `words`, `accuracy`, `low` and `high` (95 % Wilson interval of
     the accuracy, as if words were independent), `chance` (mean of the probes), `nll`. And over the
     windows of the conversation and bins that hold words together: `asked_step` (where the window
-    begins), `asked_gap_sec`, `asked_words`, `asked_right`.
+    begins), `asked_gap_sec`, `asked_words`, `asked_right`. And over numbers of rivals and bins:
+    `rival_count` (the last stands for as many or more), `rival_gap_sec`, `rival_words`,
+    `rival_right`.
 
     Returns:
         None if no probe was measured.
@@ -142,6 +154,7 @@ def recall_record(metric: ProbeRecall) -> Recall | None:
         pairs = zip(found["accuracy"], found["words"], strict=True)
         intervals = [wilson_interval(accuracy, words) for accuracy, words in pairs]
         windows, bins = of["asked_words"].T.nonzero(as_tuple=True)  # in order of time
+        rivals, rival_bins = of["rival_words"].T.nonzero(as_tuple=True)
         record[name] = {
             "gap_sec": [GAP_CENTRES_SEC[row] for row in rows],
             **found,
@@ -151,6 +164,10 @@ def recall_record(metric: ProbeRecall) -> Recall | None:
             "asked_gap_sec": [GAP_CENTRES_SEC[row] for row in bins],
             "asked_words": of["asked_words"][bins, windows].tolist(),
             "asked_right": of["asked_right"][bins, windows].tolist(),
+            "rival_count": rivals.tolist(),
+            "rival_gap_sec": [GAP_CENTRES_SEC[row] for row in rival_bins],
+            "rival_words": of["rival_words"][rival_bins, rivals].tolist(),
+            "rival_right": of["rival_right"][rival_bins, rivals].tolist(),
         }
     return record or None
 

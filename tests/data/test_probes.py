@@ -48,7 +48,8 @@ def test_an_answer_is_where_its_tokens_are_in_the_text_row(tmp_path: Path) -> No
     mirrored = probe(asked_by=MAIN, answered_by=USER, answer=[["two", [0.2, 0.3]]])
     recording = read(write_recording(tmp_path, [mirrored, probe()]))
     answer = (range(25, 27), range(27, 30))
-    assert recording.probes == (Probe("code", 12.5, 0.1, answer, "heard", asked_step=18),)
+    expected = Probe("code", 12.5, 0.1, answer, "heard", asked_step=18, rivals=0)
+    assert recording.probes == (expected,)
     letters = LetterTokenizer().encode("fotwo")
     assert recording.codes[0, 25:30].tolist() == letters
     found = check_manifest(tmp_path / "m.jsonl", CLOCK, LetterTokenizer(), decode=False)
@@ -74,6 +75,18 @@ def test_a_probe_says_when_the_question_is_asked_if_the_file_does(tmp_path: Path
     found = read(write_recording(tmp_path, said)).probes
     steps = [(one.asked_step, one.asked_until_step) for one in found]
     assert steps == [(18, 24), (18, None), (None, None)]
+
+
+def test_a_probe_counts_what_of_its_kind_was_said_since(tmp_path: Path) -> None:
+    said = [
+        probe(asked_at=1.5, gap_sec=1.0),  # mentioned at 0.5 s
+        probe(asked_at=1.9, gap_sec=1.0, answered_by=USER),  # at 0.9 s, by the other side
+        probe(kind="day", asked_at=1.8, gap_sec=0.8),  # at 1.0 s, of another kind
+        probe(asked_at=1.95, gap_sec=0.05),  # at 1.9 s, after the first question
+        {key: value for key, value in probe().items() if key != "asked_at"},
+    ]
+    found = read(write_recording(tmp_path, said)).probes
+    assert [one.rivals for one in found] == [1, 0, 0, None]
 
 
 def test_recordings_without_probes_have_none(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from moshi.models.lm import LMOutput
 
 from moshi_ttt.data import Probe
 from moshi_ttt.evaluation.scalars import recall_scalars
-from moshi_ttt.teacher_forcing.controls import Share, by_when_asked
+from moshi_ttt.teacher_forcing.controls import Share, by_rivals, by_when_asked
 from moshi_ttt.teacher_forcing.recall import ProbeRecall, gap_bin, recall_record, wilson_interval
 from moshi_ttt.teacher_forcing.recordings import read_teacher_forced
 
@@ -42,6 +42,30 @@ def planted_output(favourites: dict[int, dict[int, float]], steps: int = 20) -> 
     mask = torch.ones(1, 1, steps, dtype=torch.bool)
     audio = torch.zeros(1, 8, steps, 4)
     return LMOutput(audio, mask.expand(-1, 8, -1), probabilities.log(), mask)
+
+
+def test_answers_are_told_apart_by_their_rivals() -> None:
+    codes = torch.full((1, 17, 20), 11)
+    output = planted_output({step: {11: 0.9} for step in (4, 6, 10)} | {8: {7: 0.9}})
+    probes = [
+        Probe("code", 60.0, 0.1, (range(4, 5),), rivals=0),
+        Probe("code", 60.0, 0.1, (range(6, 7), range(8, 9)), rivals=2),
+        Probe("code", 240.0, 0.1, (range(10, 11),), rivals=5),
+        Probe("code", 4.0, 0.1, (range(8, 9),), rivals=1),
+        Probe("code", 60.0, 0.1, (range(8, 9),)),  # nobody knows
+    ]
+    metric = ProbeRecall(10, 2)
+    metric.update(LM, output, codes, probes)
+    recall = recall_record(metric)
+    assert recall is not None
+    assert recall["own"]["rival_count"] == [0, 1, 2, 2]
+    assert recall["own"]["rival_gap_sec"] == [60, 4, 60, 240]
+    assert recall["own"]["rival_words"] == [1, 1, 2, 1]
+    assert recall["own"]["rival_right"] == [1, 0, 1, 1]
+    assert sum(recall["own"]["words"]) == 6
+    found = by_rivals({"kept": recall}, 15.0, "own")
+    assert found == {"kept": {0: Share(1, 1), 2: Share(2, 3)}}
+    assert by_rivals({"kept": recall}, 15.0, "heard") == {}
 
 
 def test_planted_predictions_give_known_accuracy_and_nll_in_their_bins() -> None:
