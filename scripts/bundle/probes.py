@@ -17,9 +17,6 @@ from probe_words import ANSWER, ASK, ECHO, KINDS, PLANT, PROMISE, Choice
 
 USER_ASKS_SHARE = 0.95
 """How often the user plants and asks, and Moshi answers: only Moshi's answers are measured."""
-SAME_KIND_SHARE = 0.25
-"""How often a fact is of a kind that is already alive, beside those that are by accident."""
-
 RecallClass = Literal["own", "heard"]
 """Whether the one who answers has said the fact before, key and value, or has only heard it."""
 Part = Literal["template", "key", "value"]
@@ -84,6 +81,7 @@ def draw(
     *,
     own_share: float = 1.0,
     unseen_share: float = 0.0,
+    same_kind_share: float = 0.25,
 ) -> Fact:
     """A new fact under a key that no fact in `alive` has.
 
@@ -92,6 +90,7 @@ def draw(
         alive: facts still to be asked for.
         own_share: how often its class is "own".
         unseen_share: how often something about it is in no training recording.
+        same_kind_share: how often it is of a kind that is alive, beside what is so by accident.
     """
     recall_class: RecallClass = "own" if rng.random() < own_share else "heard"
     unseen = _UNSEEN[rng.integers(len(_UNSEEN))] if rng.random() < unseen_share else ()
@@ -102,7 +101,7 @@ def draw(
     }
     kinds = [name for name in KINDS if keys[name]]
     rivals = sorted({fact.kind for fact in alive} & set(kinds))
-    name = _pick(rivals if rivals and rng.random() < SAME_KIND_SHARE else kinds, rng)
+    name = _pick(rivals if rivals and rng.random() < same_kind_share else kinds, rng)
     value = _value(name, "value" in unseen, rng)
     return Fact(name, _pick(keys[name], rng), value, recall_class, unseen)
 

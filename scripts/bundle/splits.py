@@ -2,8 +2,9 @@
 
 `train` is what a language model learns recall from, within clips of 20 s; `drill`, text alone, is
 where it begins. `far` has long gaps, for a memory that is trained on long clips, `farther` some of
-four minutes. Held-out recordings have topics, voices, keys, values and templates that none of these
-has: what is chosen is chosen on `heldout`, and `final` is for the numbers that are reported.
+four minutes; in `crowded` those are of few kinds and easily mixed up. Held-out recordings have
+topics, voices, keys, values and templates that none of these has: what is chosen is chosen on
+`heldout`, and `final` is for the numbers that are reported.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Split:
     remember."""
     unseen_share: float = 0.0
     """How many probes have a template, a key or a value that no training recording has."""
+    same_kind_share: float = 0.25
+    """How often a fact is of a kind that is already to be asked for: only its key tells which."""
     held_out_topics: bool = False
     """Small talk about what no training recording is about."""
     held_out_voice_share: float = 0.0
@@ -71,4 +74,5 @@ SPLITS = {
     # these last, because a recipe draws its random numbers by its place in here
     "drill": Split((DENSE, *DRILLS), own_share=1.0),
     "farther": Split((FARTHER,), own_share=0.7),
+    "crowded": Split((FARTHER,), own_share=0.7, same_kind_share=0.8),
 }

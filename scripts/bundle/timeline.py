@@ -231,6 +231,7 @@ class _Planner:
             [probe.fact for probe in alive],
             own_share=self._split.own_share,
             unseen_share=self._split.unseen_share,
+            same_kind_share=self._split.same_kind_share,
         )
         owner = USER if rng.random() < probes.USER_ASKS_SHARE else 1 - USER
         planted = self._say(owner, fact.plant(rng))

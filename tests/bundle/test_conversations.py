@@ -144,7 +144,7 @@ def test_held_out_topics_are_never_in_training(
     only_held_out = {"tent", "telescope", "chess", "snowman", "bandage", "theatre"}
     for split in ("heldout", "final"):
         assert len(words(split) & only_held_out) >= 4
-    for split in ("train", "far", "farther"):
+    for split in ("train", "far", "farther", "crowded"):
         assert not words(split) & only_held_out
 
 
@@ -152,7 +152,13 @@ def test_held_out_voices_are_never_in_training(scripts: dict[str, ModuleType]) -
     make, voices = scripts["make_conversations"], scripts["voices"]
     rng = np.random.default_rng(0)
     drawn = {split: {make.user_voice(split, rng) for _ in range(100)} for split in SPLITS}
-    assert drawn["train"] == drawn["far"] == drawn["farther"] == set(voices.USER_VOICES)
+    assert (
+        drawn["train"]
+        == drawn["far"]
+        == drawn["farther"]
+        == drawn["crowded"]
+        == set(voices.USER_VOICES)
+    )
     assert drawn["final"] == set(voices.HELD_OUT_VOICES)
     assert drawn["heldout"] == {*voices.USER_VOICES, *voices.HELD_OUT_VOICES}
     assert not set(voices.USER_VOICES) & set(voices.HELD_OUT_VOICES)

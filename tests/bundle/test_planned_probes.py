@@ -47,6 +47,22 @@ def test_gaps_are_short_in_training_long_in_far_and_spread_in_held_out_sets(
             assert 0.05 < share(split, gap_sec) < 0.18
 
 
+def test_facts_of_one_kind_crowd_where_they_are_to_be_mixed_up(plans: dict[str, list[Any]]) -> None:
+    def rivals(split: str) -> float:
+        found = []
+        for plan in plans[split]:
+            facts = [(one.fact.kind, one.planted.start_sec, one.asked) for one in plan.probes]
+            for kind, planted_sec, asked in facts:
+                assert asked is not None
+                span = planted_sec, asked.start_sec
+                found.append(sum(k == kind and span[0] < at < span[1] for k, at, _ in facts))
+        return float(np.mean(found))
+
+    # as many in training as where it is measured, and many more
+    assert rivals("farther") == pytest.approx(rivals("heldout"), rel=0.5)
+    assert rivals("crowded") > 2 * rivals("farther")
+
+
 def test_shares_of_gaps_add_up(scripts: dict[str, ModuleType]) -> None:
     for split in scripts["splits"].SPLITS.values():
         for pace in split.paces:
@@ -56,7 +72,7 @@ def test_shares_of_gaps_add_up(scripts: dict[str, ModuleType]) -> None:
 def test_calm_and_drilling_conversations_are_both_trained_on(plans: dict[str, list[Any]]) -> None:
     every_sec = [plan.duration_sec / len(plan.probes) for plan in plans["train"]]
     assert min(every_sec) < 12 < 14 < max(every_sec)
-    for split in ("far", "farther", "heldout", "final"):
+    for split in ("far", "farther", "crowded", "heldout", "final"):
         assert all(8 < plan.duration_sec / len(plan.probes) < 18 for plan in plans[split])
 
 
@@ -82,7 +98,7 @@ def test_the_user_asks_nearly_always(plans: dict[str, list[Any]]) -> None:
 def test_most_facts_are_the_answering_sides_own_in_training_and_half_in_held_out_sets(
     plans: dict[str, list[Any]],
 ) -> None:
-    for split, share in zip(SPLITS, (0.7, 0.7, 0.7, 0.5, 0.5), strict=True):
+    for split, share in zip(SPLITS, (0.7, 0.7, 0.7, 0.7, 0.5, 0.5), strict=True):
         own = [probe.fact.recall_class == "own" for p in plans[split] for probe in p.probes]
         assert np.mean(own) == pytest.approx(share, abs=0.08)
 
@@ -126,7 +142,7 @@ def test_only_held_out_sets_have_unseen_templates_keys_and_values(
     scripts: dict[str, ModuleType], plans: dict[str, list[Any]]
 ) -> None:
     kinds = scripts["probe_words"].KINDS
-    for split, share in zip(SPLITS, (0, 0, 0, 0.25, 0.5), strict=True):
+    for split, share in zip(SPLITS, (0, 0, 0, 0, 0.25, 0.5), strict=True):
         records = [probe.record() for plan in plans[split] for probe in plan.probes]
         assert np.mean([bool(r["unseen"]) for r in records]) == pytest.approx(share, abs=0.07)
         for record in records:

@@ -20,7 +20,7 @@ MODULES = (
     "timeline",
     "voices",
 )
-SPLITS = ("train", "far", "farther", "heldout", "final")
+SPLITS = ("train", "far", "farther", "crowded", "heldout", "final")
 
 
 def bare(word: str) -> str:
