@@ -98,6 +98,8 @@ PROBE_GLOSSARY = {
     "reset": "A control: the memory is emptied to its learned start just before each question.",
     "exchanged": "A control: just before each question the memory is replaced by what another "
     "conversation left. Only what is lost in both controls was the memory's own doing.",
+    "said since": "Other facts of the same kind, whoever said them, between the last mention of a "
+    "fact and the question for it: what a memory may take for it.",
     "gap": "Seconds from the end of the last mention of a fact to the start of the question.",
     "chance": "Share of answer words right by guessing among the values of the kind, e.g. 10 % for "
     "a digit.",
