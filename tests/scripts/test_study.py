@@ -173,8 +173,9 @@ def test_a_study_shows_its_variants_and_does_not_run_them_again(
     assert (folder / "out/recall.png").stat().st_size > 10_000
     assert (folder / "out/study.png").stat().st_size > 5_000
     rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| memory")]
-    # at a glance, its training, recall of two classes with three memories, and three losses
-    assert rows.count("| memory") == rows.count("| memory_sinks") == 2 + 2 * 3 + 3
+    # at a glance, its training, recall of two classes with three memories, by rivals with two, and
+    # three losses
+    assert rows.count("| memory") == rows.count("| memory_sinks") == 2 + 2 * 3 + 2 + 3
     assert rows.count("| memory_chunks") == 2
     monkeypatch.setattr(STUDY.StudyRun, "_train", fail)
     assert STUDY.main(arguments(folder)).keys() == {one["name"] for one in VARIANTS}
