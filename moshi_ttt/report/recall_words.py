@@ -65,7 +65,7 @@ def rivals_finding(recalls: Recalls, trace: Trace) -> list[str]:
     shares = ", ".join(f"{RIVALS_SAID[at]} {percent(kept[at])}" for at in sorted(kept))
     return [
         "By how many other facts of their kind were said since, own facts beyond the window: "
-        f"{shares}. Where this falls, facts are mixed up rather than forgotten."
+        f"{shares}. Where this falls, facts may be mixed up rather than forgotten."
     ]
 
 
