@@ -102,14 +102,11 @@ base() {
     fit mix "$BUILD/mix.jsonl" "$MIX_STEPS"
 }
 
-paste() { # SPLIT HOURS: $BUILD/pasted/SPLIT, new sentences in the sound of phrases that were spoken
-    $PYTHON scripts/bundle/make_text.py "$BUILD/pasted/$1" --split "$1" --seed 1 --hours "$2" \
-        --minutes 8 20 --model "$BUILD/tiny" --words_of "$BUILD/far/manifest.jsonl"
-}
-
 memory() {
-    paste far "$PASTED_HOURS" # without it a memory knows the spoken sentences by heart
-    lines text/far pasted/far far far far far far >"$BUILD/far.jsonl"
+    # new sentences in the sound of phrases that were spoken: without them a memory knows the spoken ones by heart
+    $PYTHON scripts/bundle/make_text.py "$BUILD/pasted" --split far --seed 1 --hours "$PASTED_HOURS" \
+        --minutes 8 20 --model "$BUILD/tiny" --words_of "$BUILD/far/manifest.jsonl"
+    lines text/far pasted far far far far far >"$BUILD/far.jsonl"
     $PYTHON train/fit.py --config tiny_memory.yaml --model.source "$BUILD/tiny" --run_dir "$BUILD/memory" \
         --data.manifest "$BUILD/far.jsonl" --data.val_manifest "$BUILD/heldout/manifest.jsonl" \
         --trainer.max_steps "$MEMORY_STEPS"
@@ -126,14 +123,10 @@ teach() { # goes on from there: the base itself says how it would have predicted
     cp "$BUILD/tiny/memory.safetensors" "$BUILD/taught.safetensors"
 }
 
-carry() { # memories that go on from clip to clip: one that never met a full one fills up after ten minutes
-    write farther $((TEXT_HOURS * 2 / 9))
-    paste farther "$PASTED_HOURS"
-    lines text/farther pasted/farther far far >"$BUILD/farther.jsonl"
+carry() { # the same with memories that go on from clip to clip: one that never met a full one fills up after ten minutes
     $PYTHON train/fit.py --config tiny_memory.yaml --config mitigations/distillation.yaml --model.source "$BUILD/tiny" \
         --model.init_from "$BUILD/taught.safetensors" --model.optim.lr_memory 1e-3 --model.optim.lr_gates 5e-3 \
-        --model.loss.audio_every 4 --data.carry true --data.duration_sec 240 --data.allow_any_duration true \
-        --data.batch_size 16 --run_dir "$BUILD/carried" --data.manifest "$BUILD/farther.jsonl" \
+        --model.loss.audio_every 4 --data.carry true --run_dir "$BUILD/carried" --data.manifest "$BUILD/far.jsonl" \
         --data.val_manifest "$BUILD/heldout/manifest.jsonl" --trainer.max_steps "$CARRY_STEPS"
     finish carried
 }
