@@ -11,8 +11,9 @@ right, and writes OUT/heads.json.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from moshi_ttt.data import EncodedRecording, read_recordings
 from moshi_ttt.data.bundled import bundled_held_out
 from moshi_ttt.errors import UserError, run_program
 from moshi_ttt.files import write_json
+from moshi_ttt.memory import MemoryRule, MemoryState
 from moshi_ttt.model.hybrid import hybrid_layers
 from moshi_ttt.model.subject import open_subject
-from moshi_ttt.teacher_forcing.controls import Share, beyond_window, probed_steps, read_recall
+from moshi_ttt.teacher_forcing.controls import Share, beyond_window, read_recall
 
 Heads = Collection[tuple[int, int]]
 """Layer and head."""
@@ -90,26 +92,27 @@ def silenced(lm: LMModel, heads: Heads) -> Iterator[None]:
     """What these heads read is 0 in this scope; of clips, not of streams."""
     with ExitStack() as scope:
         for layer, one in hybrid_layers(lm).items():
-            rule = one.branch.rule
-            mine = [head for at, head in heads if at == layer]
-
-            def mute(
-                _: Any, __: Any, out: tuple[Tensor, Any], mine: Any = mine, rule: Any = rule
-            ) -> tuple[Tensor, Any]:
-                read = out[0].unflatten(-1, (rule.heads, rule.head_dim)).clone()
-                read[..., mine, :] = 0
-                return read.flatten(-2), out[1]
-
-            scope.callback(rule.register_forward_hook(mute).remove)
+            if mine := [head for at, head in heads if at == layer]:
+                hook = one.branch.rule.register_forward_hook(partial(_mute, mine))
+                scope.callback(hook.remove)
         yield
 
 
+def _mute(
+    heads: list[int], rule: MemoryRule, _: Any, out: tuple[Tensor, MemoryState]
+) -> tuple[Tensor, MemoryState]:
+    """Forward hook: what the rule read, [B, T, H x dh], with nothing of some heads."""
+    read = out[0].unflatten(-1, (rule.heads, rule.head_dim)).clone()
+    read[..., heads, :] = 0
+    return read.flatten(-2), out[1]
+
+
 def own_beyond(
-    lm: LMModel, recordings: Collection[EncodedRecording], window_sec: float
+    lm: LMModel, recordings: Sequence[EncodedRecording], window_sec: float
 ) -> Share | None:
     """Own facts that attention no longer reaches, answered; None if there are none."""
-    longest = max((probed_steps(one, 10**9) for one in recordings), default=0)
-    recall = read_recall(lm, [*recordings], "kept", longest, longest) if longest else None
+    longest = max((one.steps for one in recordings), default=1)
+    recall = read_recall(lm, recordings, "kept", longest, longest)
     if recall is None:
         return None
     return beyond_window({"kept": recall}, window_sec).get("own", {}).get("kept")

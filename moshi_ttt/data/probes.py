@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -99,8 +99,7 @@ def read_probes(
             if item["answered_by"] != MAIN_SPEAKER:
                 continue
             answer = _answer(item, steps_of)
-            probe = _probe(item, answer, clock.seconds(len(text_row) + 1), clock)
-            probe = replace(probe, rivals=_rivals(item, mentions))
+            probe = _probe(item, answer, mentions, clock.seconds(len(text_row) + 1), clock)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(
                 f"{path}: probe {number} is malformed ({type(error).__name__}: {error!s:.200}); "
@@ -124,6 +123,7 @@ def read_probes(
 def _probe(
     item: dict[str, Any],
     answer: Sequence[tuple[Spoken, range]],
+    mentions: Sequence[tuple[str, float]],
     duration_sec: float,
     clock: Clock,
 ) -> Probe:
@@ -136,6 +136,7 @@ def _probe(
         _unseen(item),
         _step(item, "asked_at", duration_sec, clock),
         _step(item, "asked_until", duration_sec, clock),
+        _rivals(item, mentions),
     )
 
 

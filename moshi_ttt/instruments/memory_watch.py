@@ -43,8 +43,10 @@ class MemoryWatch:
         self._looks = torch.full((looks, 2, batch_size, count), float("nan"), device=lm.device)
         self._gate_rms = torch.full((count,), float("nan"), device=lm.device)
         heads = next((layer.branch.rule.heads for layer in self._hybrids.values()), 0)
-        # log of what each head has lost, [M, H], summed over the steps counted beside it
-        self._lost = torch.zeros(count, heads, device=lm.device)
+        # log of what each head loses a step, [M, H]: where the data does not change it, and its
+        # sum over the steps counted beside it
+        self._rates = torch.full((count, heads), float("nan"), device=lm.device)
+        self._lost = torch.zeros_like(self._rates)
         self._lossy_steps = torch.zeros((), device=lm.device)
         self._begun = 0
         self._pieces: list[Pieces] = []
@@ -135,8 +137,6 @@ class MemoryWatch:
 
     def head_forgetting(self) -> np.ndarray:
         """Rate of forgetting of each memory's heads, mean over streams and steps, [M, H]."""
-        if not self:
-            return self._lost.cpu().numpy()
         rates = self._lost / self._lossy_steps if self._lossy_steps else self._rates
         return rates.cpu().numpy()
 

@@ -17,6 +17,7 @@ from probe_words import ANSWER, ASK, ECHO, KINDS, PLANT, PROMISE, Choice
 
 USER_ASKS_SHARE = 0.95
 """How often the user plants and asks, and Moshi answers: only Moshi's answers are measured."""
+
 RecallClass = Literal["own", "heard"]
 """Whether the one who answers has said the fact before, key and value, or has only heard it."""
 Part = Literal["template", "key", "value"]
